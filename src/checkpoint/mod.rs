@@ -1,0 +1,3 @@
+//! Files of models and runs: the only place that names them.
+
+pub mod base;

@@ -1,0 +1,207 @@
+//! The command line: clap types and help texts only.
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand};
+
+use crate::kernels::device::DeviceChoice;
+use crate::recipe::Override;
+
+/// From dataset dumps to an answering service: prepare, train, merge, eval, serve.
+#[derive(Debug, Parser)]
+#[command(name = "granite", version, propagate_version = true)]
+pub struct Cli {
+    /// No progress and no notes on stderr; errors stay.
+    #[arg(long, short, global = true)]
+    pub quiet: bool,
+
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// What to do.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Join the sources of a recipe into packed, tokenised rows.
+    Prepare(PrepareArgs),
+    /// Fine-tune the base model of a recipe with LoRA.
+    Train(TrainArgs),
+    /// Join an adapter and its base model into one Hugging Face folder.
+    Merge(MergeArgs),
+    /// Measure a run: loss and perplexity per source, task scores.
+    Eval(EvalArgs),
+    /// Answer queries over HTTP, with retrieved documents.
+    Serve(ServeArgs),
+    /// Say what this machine has and what is wrong with it.
+    Doctor(DoctorArgs),
+}
+
+/// The recipe and what is laid over it.
+#[derive(Debug, Args)]
+pub struct RecipeArgs {
+    /// The recipe, a TOML file.
+    #[arg(long, short, value_name = "FILE")]
+    pub recipe: PathBuf,
+
+    /// Lay a value over the recipe's: `--set train.lr=1e-4`.
+    #[arg(long = "set", value_name = "KEY=VALUE")]
+    pub overrides: Vec<Override>,
+}
+
+/// `granite prepare`
+#[derive(Debug, Args)]
+pub struct PrepareArgs {
+    /// The recipe.
+    #[command(flatten)]
+    pub recipe: RecipeArgs,
+
+    /// Where to write the dataset, in place of the recipe's `data.dataset`.
+    #[arg(long, value_name = "FOLDER")]
+    pub out: Option<PathBuf>,
+
+    /// Print so many examples with the supervised part marked, and write nothing.
+    #[arg(long, value_name = "N")]
+    pub show: Option<usize>,
+
+    /// Print the summary as JSON.
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// `granite train`
+#[derive(Debug, Args)]
+pub struct TrainArgs {
+    /// The recipe.
+    #[command(flatten)]
+    pub recipe: RecipeArgs,
+
+    /// Print the plan and stop.
+    #[arg(long)]
+    pub dry_run: bool,
+
+    /// Continue from the run's newest checkpoint.
+    #[arg(long)]
+    pub resume: bool,
+
+    /// Where the run's files go, in place of `checkpoints/runs/<name>`.
+    #[arg(long, value_name = "FOLDER")]
+    pub out: Option<PathBuf>,
+
+    /// Compute on this device: `cpu`, `cuda` or `auto`.
+    #[arg(long, value_enum, default_value_t = DeviceChoice::Auto)]
+    pub device: DeviceChoice,
+
+    /// Print the summary as JSON.
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// What a merged weight starts from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum MergeBase {
+    /// The dequantised 4-bit weights: what the adapter was trained on.
+    Dequantized,
+    /// The original 16-bit weights: adds the quantisation error to what was trained.
+    Original,
+}
+
+/// `granite merge`
+#[derive(Debug, Args)]
+pub struct MergeArgs {
+    /// The recipe.
+    #[command(flatten)]
+    pub recipe: RecipeArgs,
+
+    /// The adapter folder (PEFT files), in place of the run's newest checkpoint.
+    #[arg(long, value_name = "FOLDER")]
+    pub adapter: Option<PathBuf>,
+
+    /// What a merged weight starts from.
+    #[arg(long, value_enum, default_value_t = MergeBase::Dequantized)]
+    pub base: MergeBase,
+
+    /// Where to write, in place of `checkpoints/runs/<name>/merged`.
+    #[arg(long, value_name = "FOLDER")]
+    pub out: Option<PathBuf>,
+
+    /// Compute on this device: `cpu`, `cuda` or `auto`.
+    #[arg(long, value_enum, default_value_t = DeviceChoice::Auto)]
+    pub device: DeviceChoice,
+
+    /// Print the report as JSON.
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// `granite eval`
+#[derive(Debug, Args)]
+pub struct EvalArgs {
+    /// The recipe.
+    #[command(flatten)]
+    pub recipe: RecipeArgs,
+
+    /// What to measure: `base`, `adapter`, `merged`, or a folder; the adapter when nothing is said.
+    #[arg(long, value_name = "WHAT", default_value = "adapter")]
+    pub model: String,
+
+    /// Ask at most so many questions of a task.
+    #[arg(long, value_name = "N")]
+    pub limit: Option<usize>,
+
+    /// Where the report goes, in place of `checkpoints/runs/<name>/eval-<model>`.
+    #[arg(long, value_name = "FOLDER")]
+    pub out: Option<PathBuf>,
+
+    /// Compute on this device: `cpu`, `cuda` or `auto`.
+    #[arg(long, value_enum, default_value_t = DeviceChoice::Auto)]
+    pub device: DeviceChoice,
+
+    /// Print the report as JSON.
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// `granite serve`
+#[derive(Debug, Args)]
+pub struct ServeArgs {
+    /// The recipe.
+    #[command(flatten)]
+    pub recipe: RecipeArgs,
+
+    /// What answers: `base`, `adapter`, `merged`, or a folder; the merged model when there is one, else the adapter.
+    #[arg(long, value_name = "WHAT")]
+    pub model: Option<String>,
+
+    /// Address to listen on; anything but loopback needs a key.
+    #[arg(long)]
+    pub host: Option<String>,
+
+    /// Port to listen on; 0 takes a free one and prints it.
+    #[arg(long)]
+    pub port: Option<u16>,
+
+    /// The key that requests must carry.
+    #[arg(long, env = "GRANITE_API_KEY", hide_env_values = true)]
+    pub api_key: Option<String>,
+
+    /// The folder of documents, in place of the recipe's.
+    #[arg(long, value_name = "FOLDER")]
+    pub documents: Option<PathBuf>,
+
+    /// Compute on this device: `cpu`, `cuda` or `auto`.
+    #[arg(long, value_enum, default_value_t = DeviceChoice::Auto)]
+    pub device: DeviceChoice,
+}
+
+/// `granite doctor`
+#[derive(Debug, Args)]
+pub struct DoctorArgs {
+    /// Check each kernel against its twin on the GPU.
+    #[arg(long)]
+    pub kernels: bool,
+
+    /// Print the findings as JSON.
+    #[arg(long)]
+    pub json: bool,
+}

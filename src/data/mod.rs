@@ -1,0 +1,4 @@
+//! Dumps to packed rows: the only reader of dumps.
+
+pub mod example;
+pub mod tokenizer;

@@ -1,0 +1,105 @@
+//! Outputs appear by rename, whole or not at all.
+
+use std::fs;
+use std::io::Write as _;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context as _, Result};
+
+/// A folder that is written under a temporary name beside its destination and appears on [`commit`](Staged::commit).
+///
+/// Dropped without `commit`, it leaves nothing behind.
+#[derive(Debug)]
+pub struct Staged {
+    temporary: tempfile::TempDir,
+    destination: PathBuf,
+}
+
+impl Staged {
+    /// Begins a folder that will become `destination`.
+    ///
+    /// # Errors
+    /// When the parent folder cannot be made or written.
+    pub fn folder(destination: &Path) -> Result<Self> {
+        let parent = parent_of(destination);
+        fs::create_dir_all(&parent)
+            .with_context(|| format!("cannot create folder `{}`", parent.display()))?;
+        let temporary = tempfile::Builder::new()
+            .prefix(".incomplete-")
+            .tempdir_in(&parent)
+            .with_context(|| format!("cannot write in folder `{}`", parent.display()))?;
+        Ok(Self { temporary, destination: destination.to_path_buf() })
+    }
+
+    /// Where to write the files meanwhile.
+    pub fn path(&self) -> &Path {
+        self.temporary.path()
+    }
+
+    /// Puts the folder in its place; an existing one is replaced, and comes back if that fails.
+    ///
+    /// # Errors
+    /// When a rename fails; the destination is then as it was.
+    pub fn commit(self) -> Result<()> {
+        sync_tree(self.temporary.path())?;
+        let parent = parent_of(&self.destination);
+        let old = tempfile::Builder::new().prefix(".replaced-").tempdir_in(&parent)?;
+        let had_old = self.destination.exists();
+        let aside = old.path().join("old");
+        if had_old {
+            fs::rename(&self.destination, &aside)
+                .with_context(|| format!("cannot replace `{}`", self.destination.display()))?;
+        }
+        let temporary = self.temporary.keep();
+        if let Err(error) = fs::rename(&temporary, &self.destination) {
+            if had_old {
+                fs::rename(&aside, &self.destination)?;
+            }
+            fs::remove_dir_all(&temporary).ok();
+            return Err(error).with_context(|| format!("cannot write `{}`", self.destination.display()));
+        }
+        sync_folder(&parent)
+    }
+}
+
+/// Writes a file whole or not at all.
+///
+/// # Errors
+/// When the folder cannot be made or the file cannot be written; an existing file is then untouched.
+pub fn write_file(destination: &Path, contents: &[u8]) -> Result<()> {
+    let parent = parent_of(destination);
+    let write = || -> std::io::Result<()> {
+        fs::create_dir_all(&parent)?;
+        let mut file = tempfile::NamedTempFile::new_in(&parent)?;
+        file.write_all(contents)?;
+        file.as_file().sync_all()?;
+        file.persist(destination).map_err(|error| error.error)?;
+        Ok(())
+    };
+    write().with_context(|| format!("cannot write `{}`", destination.display()))
+}
+
+fn parent_of(path: &Path) -> PathBuf {
+    match path.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => parent.to_path_buf(),
+        _ => PathBuf::from("."),
+    }
+}
+
+/// A rename may reach the disk before the data it names, so the data is flushed first.
+fn sync_tree(folder: &Path) -> Result<()> {
+    for entry in fs::read_dir(folder)? {
+        let path = entry?.path();
+        if path.is_dir() {
+            sync_tree(&path)?;
+        } else {
+            fs::File::open(&path)?.sync_all()?;
+        }
+    }
+    sync_folder(folder)
+}
+
+fn sync_folder(folder: &Path) -> Result<()> {
+    fs::File::open(folder)?.sync_all()?;
+    Ok(())
+}

@@ -1,0 +1,206 @@
+//! Reading a recipe: overrides are laid over the text's table, then everything is checked at once.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
+
+use super::Recipe;
+
+/// `--set train.lr=1e-4`: a dotted key and a TOML value; what is no TOML value is a string.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Override {
+    key: Vec<String>,
+    value: toml::Value,
+}
+
+impl FromStr for Override {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let (key, value) = text.split_once('=').ok_or_else(|| format!("`{text}` is not `key=value`"))?;
+        let key: Vec<String> = key.trim().split('.').map(str::to_string).collect();
+        if key.iter().any(String::is_empty) {
+            return Err(format!("`{text}` has an empty key"));
+        }
+        Ok(Self { key, value: parse_value(value.trim()) })
+    }
+}
+
+fn parse_value(text: &str) -> toml::Value {
+    let table: Result<toml::Table, _> = toml::from_str(&format!("value = {text}"));
+    table
+        .ok()
+        .and_then(|mut table| table.remove("value"))
+        .unwrap_or_else(|| toml::Value::String(text.to_string()))
+}
+
+/// What is wrong with a recipe.
+#[derive(Debug, thiserror::Error)]
+pub enum RecipeError {
+    /// The file cannot be read.
+    #[error("cannot read recipe `{}`", path.display())]
+    Read {
+        /// The recipe.
+        path: PathBuf,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// The text is no TOML, or names or values are wrong.
+    #[error("recipe `{}`: line {line}: {message}", path.display())]
+    Parse {
+        /// The recipe.
+        path: PathBuf,
+        /// 1-based.
+        line: usize,
+        /// What is wrong.
+        message: String,
+    },
+    /// An override does not fit.
+    #[error("override `--set {key}`: {message}")]
+    Override {
+        /// The dotted key.
+        key: String,
+        /// What is wrong.
+        message: String,
+    },
+    /// A value is outside its range.
+    #[error("recipe `{}`: `{key}` is {value}, expected {expected}", path.display())]
+    Range {
+        /// The recipe.
+        path: PathBuf,
+        /// The dotted key.
+        key: &'static str,
+        /// What it is.
+        value: String,
+        /// What it may be.
+        expected: &'static str,
+    },
+}
+
+impl Recipe {
+    /// Reads a recipe and lays `overrides` over it.
+    ///
+    /// # Errors
+    /// When the file cannot be read, is no TOML, holds an unknown field or a value outside its range.
+    pub fn load(path: &Path, overrides: &[Override]) -> Result<Self, RecipeError> {
+        let text = fs::read_to_string(path)
+            .map_err(|source| RecipeError::Read { path: path.to_path_buf(), source })?;
+        Self::parse(&text, path, overrides)
+    }
+
+    /// As [`Recipe::load`], from text; `path` is named in errors.
+    ///
+    /// # Errors
+    /// As [`Recipe::load`].
+    pub fn parse(text: &str, path: &Path, overrides: &[Override]) -> Result<Self, RecipeError> {
+        // The text alone is checked first: its errors have lines, those of a merged table have none.
+        let typed: Self = toml::from_str(text).map_err(|error| parse_error(path, text, &error))?;
+        let recipe = if overrides.is_empty() { typed } else { overlay(text, path, overrides)? };
+        recipe.check(path)?;
+        Ok(recipe)
+    }
+
+    fn check(&self, path: &Path) -> Result<(), RecipeError> {
+        let rules: [(&'static str, String, bool, &'static str); 11] = [
+            (
+                "name",
+                format!("`{}`", self.name),
+                is_plain_name(&self.name),
+                "letters, digits, `-`, `_` and `.`, not starting with `.`",
+            ),
+            (
+                "data.sequence_length",
+                self.data.sequence_length.to_string(),
+                self.data.sequence_length >= 16,
+                "16 or more",
+            ),
+            (
+                "data.validation_fraction",
+                self.data.validation_fraction.to_string(),
+                (0.0..1.0).contains(&self.data.validation_fraction),
+                "a number in [0, 1)",
+            ),
+            ("lora.rank", self.lora.rank.to_string(), self.lora.rank >= 1, "1 or more"),
+            (
+                "lora.dropout",
+                self.lora.dropout.to_string(),
+                (0.0..1.0).contains(&self.lora.dropout),
+                "a number in [0, 1)",
+            ),
+            (
+                "lora.targets",
+                format!("{:?}", self.lora.targets),
+                !self.lora.targets.is_empty(),
+                "at least one projection",
+            ),
+            ("train.epochs", self.train.epochs.to_string(), self.train.epochs > 0.0, "a number above 0"),
+            (
+                "train.rows_per_microbatch",
+                self.train.rows_per_microbatch.to_string(),
+                self.train.rows_per_microbatch >= 1,
+                "1 or more",
+            ),
+            (
+                "train.accumulation",
+                self.train.accumulation.to_string(),
+                self.train.accumulation >= 1,
+                "1 or more",
+            ),
+            (
+                "train.lr",
+                self.train.lr.to_string(),
+                self.train.lr > 0.0 && self.train.lr.is_finite(),
+                "a number above 0",
+            ),
+            ("train.warmup", self.train.warmup.to_string(), self.train.warmup >= 0.0, "0 or more"),
+        ];
+        for (key, value, holds, expected) in rules {
+            if !holds {
+                return Err(RecipeError::Range { path: path.to_path_buf(), key, value, expected });
+            }
+        }
+        Ok(())
+    }
+}
+
+/// The name becomes a folder, so it may not climb out of its parent.
+fn is_plain_name(name: &str) -> bool {
+    !name.is_empty()
+        && !name.starts_with('.')
+        && name.chars().all(|c| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.'))
+}
+
+fn overlay(text: &str, path: &Path, overrides: &[Override]) -> Result<Recipe, RecipeError> {
+    let mut table: toml::Table = toml::from_str(text).map_err(|error| parse_error(path, text, &error))?;
+    let mut recipe = None;
+    for one in overrides {
+        let fail = |message: String| RecipeError::Override { key: one.key.join("."), message };
+        insert(&mut table, &one.key, one.value.clone()).map_err(fail)?;
+        // Checked one by one, so that the error names the override that caused it.
+        recipe = Some(table.clone().try_into::<Recipe>().map_err(|error| fail(first_line(error.message())))?);
+    }
+    recipe.ok_or_else(|| RecipeError::Override { key: String::new(), message: "none given".to_string() })
+}
+
+fn insert(table: &mut toml::Table, key: &[String], value: toml::Value) -> Result<(), String> {
+    let Some((last, parents)) = key.split_last() else { return Err("empty key".to_string()) };
+    let mut at = table;
+    for part in parents {
+        at = at
+            .entry(part.clone())
+            .or_insert_with(|| toml::Value::Table(toml::Table::new()))
+            .as_table_mut()
+            .ok_or_else(|| format!("`{part}` is a value, not a table"))?;
+    }
+    at.insert(last.clone(), value);
+    Ok(())
+}
+
+fn parse_error(path: &Path, text: &str, error: &toml::de::Error) -> RecipeError {
+    let line = error.span().map_or(1, |span| 1 + text[..span.start.min(text.len())].matches('\n').count());
+    RecipeError::Parse { path: path.to_path_buf(), line, message: first_line(error.message()) }
+}
+
+fn first_line(text: &str) -> String {
+    text.lines().next().unwrap_or_default().to_string()
+}

@@ -1,0 +1,446 @@
+//! `Recipe`: what was typed. TOML, strict and pure: reading one touches nothing but its own file.
+//!
+//! Unknown fields are errors with the line; every default is visible in [`Recipe::load`]'s types.
+//! Relative paths are relative to the working directory, as on a command line.
+
+mod load;
+
+pub use load::{Override, RecipeError};
+
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+
+/// A whole recipe: one file describes a run from dumps to service.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Recipe {
+    /// Name of the run: its outputs lie in `checkpoints/runs/<name>`.
+    pub name: String,
+    /// The base model.
+    pub model: ModelSpec,
+    /// Where the examples come from and how they become rows.
+    #[serde(default)]
+    pub data: DataSpec,
+    /// The adapter.
+    #[serde(default)]
+    pub lora: LoraSpec,
+    /// The training loop.
+    #[serde(default)]
+    pub train: TrainSpec,
+    /// What `granite eval` measures.
+    #[serde(default)]
+    pub eval: EvalSpec,
+    /// How `granite serve` answers.
+    #[serde(default)]
+    pub serve: ServeSpec,
+    /// Where measurements go.
+    #[serde(default)]
+    pub metrics: MetricsSpec,
+}
+
+/// The base model.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ModelSpec {
+    /// A Hugging Face folder, a GGUF file, or a hub name `organisation/model`.
+    pub base: String,
+    /// How the frozen linear weights are held.
+    #[serde(default)]
+    pub quantization: Quantization,
+}
+
+/// How the frozen linear weights are held.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Quantization {
+    /// 4-bit NormalFloat, block 64, double quantisation.
+    #[default]
+    Nf4,
+    /// As stored.
+    None,
+}
+
+/// Where the examples come from and how they become rows.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct DataSpec {
+    /// The prepared dataset's folder: `prepare` writes it, `train` and `eval` read it.
+    pub dataset: PathBuf,
+    /// Length of a packed row in tokens.
+    pub sequence_length: usize,
+    /// Chooses the sample of each source.
+    pub seed: u64,
+    /// Share of each source's documents that is held out, in `[0, 1)`.
+    pub validation_fraction: f64,
+    /// What to do when a source has fewer examples than asked for.
+    pub on_shortfall: OnShortfall,
+    /// How messages become text.
+    pub template: TemplateSpec,
+    /// The sources of the mixture.
+    pub sources: SourcesSpec,
+}
+
+impl Default for DataSpec {
+    fn default() -> Self {
+        Self {
+            dataset: PathBuf::from("datasets/prepared"),
+            sequence_length: 2048,
+            seed: 17,
+            validation_fraction: 0.02,
+            on_shortfall: OnShortfall::default(),
+            template: TemplateSpec::default(),
+            sources: SourcesSpec::default(),
+        }
+    }
+}
+
+/// What to do when a source has fewer examples than asked for. Never: fill up with copies.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum OnShortfall {
+    /// Stop and tell the counts.
+    #[default]
+    Fail,
+    /// Shrink every source by the same factor, so that the proportions stay.
+    Rescale,
+    /// Take what there is.
+    TakeAll,
+}
+
+/// How messages become text.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct TemplateSpec {
+    /// Whose template.
+    pub format: TemplateFormat,
+    /// The date that templates see as today's, `YYYY-MM-DD`; pinned so that training and serving agree.
+    pub date: String,
+    /// The system message of every example; `None` leaves the template its own default.
+    pub system_prompt: Option<String>,
+}
+
+impl Default for TemplateSpec {
+    fn default() -> Self {
+        Self { format: TemplateFormat::default(), date: "2026-01-15".to_string(), system_prompt: None }
+    }
+}
+
+/// Whose template.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum TemplateFormat {
+    /// The model's own Jinja template.
+    #[default]
+    Model,
+    /// The Stanford Alpaca prompt.
+    Alpaca,
+}
+
+/// The sources of the mixture; one that is absent contributes nothing.
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct SourcesSpec {
+    /// Databricks Dolly 15k.
+    pub dolly: Option<SourceSpec>,
+    /// Finance-Alpaca.
+    pub finance_alpaca: Option<SourceSpec>,
+    /// ConvFinQA.
+    pub convfinqa: Option<ConvFinQaSpec>,
+    /// Spider, with its schemas.
+    pub spider: Option<SpiderSpec>,
+    /// CodeAlpaca.
+    pub code_alpaca: Option<SourceSpec>,
+}
+
+/// A source that is one file.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SourceSpec {
+    /// The dump: JSON array or JSON Lines, plain, `.gz` or `.zip`.
+    pub path: PathBuf,
+    /// How many examples to sample; `None` takes all.
+    pub examples: Option<usize>,
+}
+
+/// ConvFinQA.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ConvFinQaSpec {
+    /// `train.json` in the upstream form, plain, `.gz` or the upstream `data.zip`.
+    pub path: PathBuf,
+    /// How many examples (conversations) to sample; `None` takes all.
+    pub examples: Option<usize>,
+    /// What an assistant turn says.
+    #[serde(default)]
+    pub target: ConvFinQaTarget,
+}
+
+/// What an assistant turn of ConvFinQA says.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ConvFinQaTarget {
+    /// The program, then the executed answer.
+    #[default]
+    ProgramThenAnswer,
+    /// The executed answer.
+    Answer,
+}
+
+/// Spider.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SpiderSpec {
+    /// `train_spider.json`, full or slim form.
+    pub path: PathBuf,
+    /// `tables.json`: the schemas. Without it a question cannot be answered.
+    pub tables: PathBuf,
+    /// How many examples to sample; `None` takes all.
+    pub examples: Option<usize>,
+}
+
+/// The adapter.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct LoraSpec {
+    /// Rank of the update.
+    pub rank: usize,
+    /// The update is scaled by `alpha / rank`, or `alpha / sqrt(rank)` with `rslora`.
+    pub alpha: f64,
+    /// Probability that an input element of the adapter is dropped, in `[0, 1)`.
+    pub dropout: f64,
+    /// Rank-stabilised scaling.
+    pub rslora: bool,
+    /// The adapted projections.
+    pub targets: Vec<Projection>,
+}
+
+impl Default for LoraSpec {
+    fn default() -> Self {
+        Self { rank: 64, alpha: 16.0, dropout: 0.1, rslora: false, targets: Projection::ALL.to_vec() }
+    }
+}
+
+impl LoraSpec {
+    /// The factor of the update `B·A`.
+    pub fn scale(&self) -> f64 {
+        let rank = self.rank as f64;
+        if self.rslora { self.alpha / rank.sqrt() } else { self.alpha / rank }
+    }
+}
+
+/// A linear projection of a decoder layer, named as in the checkpoint.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+#[expect(missing_docs, reason = "the names are the checkpoint's")]
+pub enum Projection {
+    QProj,
+    KProj,
+    VProj,
+    OProj,
+    GateProj,
+    UpProj,
+    DownProj,
+}
+
+impl Projection {
+    /// All of them, in the order of the forward pass.
+    pub const ALL: [Self; 7] =
+        [Self::QProj, Self::KProj, Self::VProj, Self::OProj, Self::GateProj, Self::UpProj, Self::DownProj];
+
+    /// The checkpoint's name: `q_proj`.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::QProj => "q_proj",
+            Self::KProj => "k_proj",
+            Self::VProj => "v_proj",
+            Self::OProj => "o_proj",
+            Self::GateProj => "gate_proj",
+            Self::UpProj => "up_proj",
+            Self::DownProj => "down_proj",
+        }
+    }
+
+    /// The block that holds it: `self_attn` or `mlp`.
+    pub fn block(self) -> &'static str {
+        match self {
+            Self::QProj | Self::KProj | Self::VProj | Self::OProj => "self_attn",
+            Self::GateProj | Self::UpProj | Self::DownProj => "mlp",
+        }
+    }
+
+    /// The module's path in the checkpoint: `model.layers.3.self_attn.q_proj`.
+    pub fn path(self, layer: usize) -> String {
+        format!("model.layers.{layer}.{}.{}", self.block(), self.name())
+    }
+}
+
+/// The training loop.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct TrainSpec {
+    /// Passes over the dataset; ignored when `max_steps` is given.
+    pub epochs: f64,
+    /// Optimiser steps.
+    pub max_steps: Option<u64>,
+    /// Packed rows that go through the model at once.
+    pub rows_per_microbatch: usize,
+    /// Micro-batches of an optimiser step.
+    pub accumulation: usize,
+    /// Peak learning rate.
+    pub lr: f64,
+    /// How the learning rate moves after warm-up.
+    pub schedule: Schedule,
+    /// Steps of linear warm-up from zero; below 1 it is a share of all steps.
+    pub warmup: f64,
+    /// Optimiser.
+    pub optimizer: Optimizer,
+    /// Decay rates of the moments.
+    pub betas: [f64; 2],
+    /// Term of the denominator.
+    pub eps: f64,
+    /// Decoupled weight decay.
+    pub weight_decay: f64,
+    /// Gradients are scaled down to this norm; 0 switches clipping off.
+    pub max_grad_norm: f64,
+    /// Seed of data order, adapter initialisation and dropout.
+    pub seed: u64,
+    /// Validation every so many steps; 0: at the end of each epoch.
+    pub eval_every: u64,
+    /// A checkpoint every so many steps; 0: at the end of each epoch.
+    pub save_every: u64,
+    /// Checkpoints that stay.
+    pub keep_last: usize,
+}
+
+impl Default for TrainSpec {
+    fn default() -> Self {
+        Self {
+            epochs: 3.0,
+            max_steps: None,
+            rows_per_microbatch: 4,
+            accumulation: 4,
+            lr: 2e-4,
+            schedule: Schedule::default(),
+            warmup: 0.03,
+            optimizer: Optimizer::default(),
+            betas: [0.9, 0.999],
+            eps: 1e-8,
+            weight_decay: 0.0,
+            max_grad_norm: 1.0,
+            seed: 17,
+            eval_every: 0,
+            save_every: 0,
+            keep_last: 3,
+        }
+    }
+}
+
+/// How the learning rate moves after warm-up.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Schedule {
+    /// Straight down to zero.
+    Linear,
+    /// Half a cosine down to zero.
+    #[default]
+    Cosine,
+    /// Stays.
+    Constant,
+}
+
+/// Optimiser.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub enum Optimizer {
+    /// AdamW with 32-bit moments.
+    #[serde(rename = "adamw")]
+    AdamW,
+    /// AdamW with 8-bit blockwise moments, as bitsandbytes holds them.
+    #[default]
+    #[serde(rename = "adamw_8bit")]
+    AdamW8bit,
+}
+
+/// What `granite eval` measures.
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct EvalSpec {
+    /// Spider execution accuracy, when given.
+    pub spider: Option<SpiderEvalSpec>,
+}
+
+/// Spider execution accuracy.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SpiderEvalSpec {
+    /// `dev.json`.
+    pub path: PathBuf,
+    /// `tables.json`.
+    pub tables: PathBuf,
+    /// The folder of `<db_id>/<db_id>.sqlite`.
+    pub databases: PathBuf,
+    /// Questions to ask; `None` asks all.
+    #[serde(default)]
+    pub limit: Option<usize>,
+    /// Longest answer in tokens.
+    #[serde(default = "default_answer_tokens")]
+    pub max_tokens: usize,
+}
+
+fn default_answer_tokens() -> usize {
+    256
+}
+
+/// How `granite serve` answers.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct ServeSpec {
+    /// Address to listen on; anything but loopback needs `api_key`.
+    pub host: String,
+    /// Port to listen on; 0 takes a free one and prints it.
+    pub port: u16,
+    /// The key that requests must carry as `Authorization: Bearer KEY`.
+    pub api_key: Option<String>,
+    /// The folder of `.txt`, `.md` and `.json` documents.
+    pub documents: Option<PathBuf>,
+    /// The sentence-transformers folder of the encoder.
+    pub encoder: Option<PathBuf>,
+    /// Where the index is cached; `None`: beside the run.
+    pub index: Option<PathBuf>,
+    /// Documents of an answer when the request names no number.
+    pub top_k: usize,
+    /// Longest answer in tokens when the request names none.
+    pub max_tokens: usize,
+    /// Requests that may wait; one more is answered 429.
+    pub queue: usize,
+}
+
+impl Default for ServeSpec {
+    fn default() -> Self {
+        Self {
+            host: "127.0.0.1".to_string(),
+            port: 8080,
+            api_key: None,
+            documents: None,
+            encoder: None,
+            index: None,
+            top_k: 4,
+            max_tokens: 256,
+            queue: 32,
+        }
+    }
+}
+
+/// Where measurements go; the run's `metrics.jsonl` is always written.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct MetricsSpec {
+    /// One line per step on stderr.
+    pub console: bool,
+}
+
+impl Default for MetricsSpec {
+    fn default() -> Self {
+        Self { console: true }
+    }
+}

@@ -1,0 +1,1 @@
+//! Documents to passages, passages to vectors, questions to passages.
