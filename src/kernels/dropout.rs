@@ -1,7 +1,18 @@
 //! Dropout whose mask is a function of a counter, so that recompute and resume see the same mask.
+//!
+//! Element `i` of a tensor takes word `i % 4` of Philox4x32 (see [`super::philox`]) at the counter
+//! `[i / 4, module, microbatch low, microbatch high]` under the key `[seed low, seed high]`. Nothing is hashed: two
+//! different (seed, micro-batch, module, element) never share a counter, as long as a tensor has at most 2³⁴ elements.
 
-use anyhow::Result;
-use tch::Tensor;
+use anyhow::{Result, bail, ensure};
+use half::bf16;
+use rayon::prelude::*;
+use tch::{Device, Kind, Tensor};
+
+use super::philox::{ROUNDS, philox4x32};
+
+/// Elements a mask can cover: 2³² counters of four words.
+const MAX_ELEMENTS: usize = 1 << 34;
 
 /// Names one mask: same key, same mask, on every device.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -14,12 +25,278 @@ pub struct DropoutKey {
     pub module: u32,
 }
 
-/// `x` with elements dropped with probability `p` and the others scaled by `1/(1-p)`, in the dtype of `x`.
-/// Applied to an output gradient with the same key it is also the backward pass.
+/// `x` with elements dropped with probability `p` and the others scaled by `1/(1-p)`, in the dtype of `x`
+/// (f32 or bf16, any shape, contiguous). Applied to an output gradient with the same key it is also the backward pass.
+///
+/// A kept element is `round(x · s)` with `s = 1/(1-p)` rounded to f32, the product in f32 and rounded to nearest even;
+/// a dropped one is `+0`, whatever `x` was. With `p = 0` the result shares the memory of `x`.
+/// The result is a plain value: libtorch's autograd does not see through it.
 ///
 /// # Errors
-/// When `x` is not contiguous or of a dtype the kernel lacks.
+/// When `x` is not contiguous, of a dtype the kernel lacks or larger than 2³⁴ elements, or `p` is outside `[0, 1)`.
 pub fn dropout(x: &Tensor, p: f64, key: DropoutKey) -> Result<Tensor> {
-    let _ = (p, key);
-    Ok(x.shallow_clone())
+    dropout_reference(x, p, key)
+}
+
+/// The twin of [`dropout`]: the same bits on any device, computed on the processor.
+///
+/// # Errors
+/// As [`dropout`].
+pub fn dropout_reference(x: &Tensor, p: f64, key: DropoutKey) -> Result<Tensor> {
+    check(x, p)?;
+    if p == 0.0 {
+        return Ok(x.shallow_clone());
+    }
+    let on_cpu = x.f_to_device(Device::Cpu)?;
+    let y = on_cpu.f_empty_like()?;
+    let mask = Mask::new(p, key);
+    match x.kind() {
+        Kind::Float => apply::<f32>(&on_cpu, &y, mask),
+        _ => apply::<bf16>(&on_cpu, &y, mask),
+    }
+    Ok(y.f_to_device(x.device())?)
+}
+
+fn check(x: &Tensor, p: f64) -> Result<()> {
+    ensure!((0.0..1.0).contains(&p), "dropout probability is {p}, expected a value in [0, 1)");
+    ensure!(x.is_contiguous(), "dropout needs a contiguous tensor, got strides {:?}", x.stride());
+    ensure!(x.numel() <= MAX_ELEMENTS, "dropout covers at most {MAX_ELEMENTS} elements, got {}", x.numel());
+    match x.kind() {
+        Kind::Float | Kind::BFloat16 => Ok(()),
+        other => bail!("dropout is built for f32 and bf16, got {other:?}"),
+    }
+}
+
+/// One mask, ready to apply.
+#[derive(Debug, Clone, Copy)]
+struct Mask {
+    key: DropoutKey,
+    /// An element is dropped when its word is below this: `p` in units of 2⁻³².
+    threshold: u32,
+    /// `1/(1-p)`.
+    scale: f32,
+}
+
+impl Mask {
+    fn new(p: f64, key: DropoutKey) -> Self {
+        // p < 1, so the product is below 2³² and the cast truncates nothing but the fraction.
+        Self { key, threshold: (p * 4_294_967_296.0) as u32, scale: (1.0 / (1.0 - p)) as f32 }
+    }
+}
+
+/// An element type of the twin.
+trait Element: Copy + Send + Sync + Default {
+    /// The element times `scale`, multiplied in f32.
+    fn scaled(self, scale: f32) -> Self;
+}
+
+impl Element for f32 {
+    #[inline(always)]
+    fn scaled(self, scale: f32) -> Self {
+        self * scale
+    }
+}
+
+impl Element for bf16 {
+    #[inline(always)]
+    fn scaled(self, scale: f32) -> Self {
+        Self::from_f32(self.to_f32() * scale)
+    }
+}
+
+/// Counters computed together: eight u32 fill an AVX2 register.
+const LANES: usize = 8;
+
+/// Elements of a group of [`LANES`] counters.
+const GROUP: usize = 4 * LANES;
+
+/// Elements of a task: large enough that handing it to a thread is free, small enough that threads finish together.
+const TASK: usize = 512 * GROUP;
+
+/// Writes the dropped and scaled elements of `x` to `y`.
+fn apply<T: Element>(x: &Tensor, y: &Tensor, mask: Mask) {
+    // An empty tensor may have no memory at all, and a slice must not begin at null.
+    if x.numel() == 0 {
+        return;
+    }
+    // SAFETY: both tensors are contiguous, on the CPU, hold `numel` elements of T's dtype (checked by the caller), and
+    // live until the end of this function; `y` was allocated by the caller and is seen by nobody else.
+    let (x, y) = unsafe {
+        (
+            std::slice::from_raw_parts(x.data_ptr().cast::<T>(), x.numel()),
+            std::slice::from_raw_parts_mut(y.data_ptr().cast::<T>(), y.numel()),
+        )
+    };
+    x.par_chunks(TASK).zip(y.par_chunks_mut(TASK)).enumerate().for_each(|(task, (x, y))| {
+        // At most 2³⁴ elements, so a counter fits 32 bits.
+        task_on_best(x, y, (task * (TASK / 4)) as u32, mask);
+    });
+}
+
+/// Runs [`apply_task`] with the widest vectors this processor has.
+fn task_on_best<T: Element>(x: &[T], y: &mut [T], first_counter: u32, mask: Mask) {
+    #[cfg(target_arch = "x86_64")]
+    if std::is_x86_feature_detected!("avx2") {
+        // SAFETY: the processor has AVX2, as just asked.
+        return unsafe { apply_task_avx2(x, y, first_counter, mask) };
+    }
+    apply_task(x, y, first_counter, mask);
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2")]
+fn apply_task_avx2<T: Element>(x: &[T], y: &mut [T], first_counter: u32, mask: Mask) {
+    apply_task(x, y, first_counter, mask);
+}
+
+#[inline(always)]
+fn apply_task<T: Element>(x: &[T], y: &mut [T], first_counter: u32, mask: Mask) {
+    for (group, (x, y)) in x.chunks(GROUP).zip(y.chunks_mut(GROUP)).enumerate() {
+        let words = group_words(first_counter.wrapping_add((group * LANES) as u32), mask.key);
+        for ((y, &x), &word) in y.iter_mut().zip(x).zip(&words) {
+            *y = if word < mask.threshold { T::default() } else { x.scaled(mask.scale) };
+        }
+    }
+}
+
+/// The words of [`LANES`] successive counters in the order of the elements.
+#[inline(always)]
+fn group_words(first_counter: u32, key: DropoutKey) -> [u32; GROUP] {
+    let counter = [
+        std::array::from_fn(|lane| first_counter.wrapping_add(lane as u32)),
+        [key.module; LANES],
+        [key.microbatch as u32; LANES],
+        [(key.microbatch >> 32) as u32; LANES],
+    ];
+    let by_word = philox4x32::<ROUNDS, LANES>(counter, [key.seed as u32, (key.seed >> 32) as u32]);
+    std::array::from_fn(|element| by_word[element % 4][element / 4])
+}
+
+#[cfg(test)]
+#[expect(clippy::unwrap_used, reason = "a test stops at the first surprise")]
+mod tests {
+    use super::*;
+
+    const KEY: DropoutKey = DropoutKey { seed: 0x0123_4567_89ab_cdef, microbatch: 5, module: 3 };
+
+    /// Which elements the mask of `key` keeps.
+    fn kept(elements: i64, p: f64, key: DropoutKey) -> Vec<bool> {
+        let ones = Tensor::ones([elements], (Kind::Float, Device::Cpu));
+        let y: Vec<f32> = Vec::try_from(&dropout_reference(&ones, p, key).unwrap()).unwrap();
+        y.into_iter().map(|value| value != 0.0).collect()
+    }
+
+    /// How far `hits` of `trials` lies from probability `p`, in standard deviations of the binomial.
+    fn sigmas(hits: usize, trials: usize, p: f64) -> f64 {
+        let (hits, trials) = (hits as f64, trials as f64);
+        (hits - trials * p).abs() / (trials * p * (1.0 - p)).sqrt()
+    }
+
+    fn agreeing(a: &[bool], b: &[bool]) -> usize {
+        a.iter().zip(b).filter(|(a, b)| a == b).count()
+    }
+
+    #[test]
+    fn each_element_takes_its_own_word() {
+        // Against the definition in the module's head, one counter at a time.
+        let [low, high] = [KEY.seed as u32, (KEY.seed >> 32) as u32];
+        let mask = kept(1001, 0.3, KEY);
+        for (element, kept) in mask.into_iter().enumerate() {
+            let counter = [[element as u32 / 4], [KEY.module], [KEY.microbatch as u32], [0]];
+            let word = philox4x32::<ROUNDS, 1>(counter, [low, high])[element % 4][0];
+            assert_eq!(kept, f64::from(word) >= (0.3_f64 * 4_294_967_296.0).floor(), "element {element}");
+        }
+    }
+
+    #[test]
+    fn keeps_the_share_it_should() {
+        let trials = 1 << 20;
+        for p in [0.01, 0.1, 0.5, 0.9] {
+            let hits = kept(trials, p, KEY).into_iter().filter(|&kept| kept).count();
+            assert!(sigmas(hits, trials as usize, 1.0 - p) < 5.0, "p = {p}: kept {hits} of {trials}");
+        }
+    }
+
+    #[test]
+    fn keys_and_neighbours_are_independent() {
+        let trials = 1 << 20;
+        let p = 0.5;
+        let mask = kept(trials, p, KEY);
+        let others = [
+            DropoutKey { seed: KEY.seed + 1, ..KEY },
+            DropoutKey { seed: KEY.seed ^ (1 << 32), ..KEY },
+            DropoutKey { microbatch: KEY.microbatch + 1, ..KEY },
+            DropoutKey { microbatch: KEY.microbatch ^ (1 << 32), ..KEY },
+            DropoutKey { module: KEY.module + 1, ..KEY },
+            DropoutKey { microbatch: u64::from(KEY.module), module: KEY.microbatch as u32, ..KEY },
+        ];
+        for other in others {
+            let same = agreeing(&mask, &kept(trials, p, other));
+            assert!(sigmas(same, trials as usize, 0.5) < 5.0, "{other:?}: {same} of {trials} agree");
+        }
+        for distance in [1, 2, 3, 4, 8, 32, 576] {
+            let same = agreeing(&mask[distance..], &mask[..mask.len() - distance]);
+            assert!(sigmas(same, trials as usize - distance, 0.5) < 5.0, "neighbours at {distance}: {same}");
+        }
+    }
+
+    #[test]
+    fn a_longer_tensor_begins_with_the_same_mask() {
+        let long = kept(70_001, 0.1, KEY);
+        for elements in [0, 1, 3, 4, 5, 31, 32, 33, 16_384, 16_385, 50_001] {
+            assert_eq!(kept(elements, 0.1, KEY), long[..elements as usize], "{elements} elements");
+        }
+    }
+
+    #[test]
+    fn scales_in_f32_and_rounds_to_nearest_even() {
+        let x = Tensor::randn([37, 61], (Kind::Float, Device::Cpu));
+        let p = 0.1;
+        let mask = kept(37 * 61, p, KEY);
+        for kind in [Kind::Float, Kind::BFloat16] {
+            let x = x.to_kind(kind);
+            let y = dropout(&x, p, KEY).unwrap();
+            assert_eq!((y.kind(), y.size()), (kind, x.size()));
+            let mask = Tensor::from_slice(&mask).view([37, 61]).to_kind(Kind::Float);
+            let wanted =
+                (x.to_kind(Kind::Float) * Tensor::from((1.0 / (1.0 - p)) as f32) * mask).to_kind(kind);
+            assert!(y.equal(&wanted), "{kind:?}");
+        }
+    }
+
+    #[test]
+    fn backward_is_the_same_mask() {
+        let x = Tensor::randn([129, 7], (Kind::Float, Device::Cpu)).abs() + 0.1;
+        let dy = Tensor::randn([129, 7], (Kind::Float, Device::Cpu)).abs() + 0.1;
+        let y = dropout(&x, 0.4, KEY).unwrap();
+        let dx = dropout(&dy, 0.4, KEY).unwrap();
+        assert!(y.not_equal(0.0).equal(&dx.not_equal(0.0)));
+    }
+
+    #[test]
+    fn a_dropped_element_is_zero_whatever_it_was() {
+        let x = Tensor::full([4096], f64::INFINITY, (Kind::Float, Device::Cpu));
+        let y: Vec<f32> = Vec::try_from(&dropout(&x, 0.5, KEY).unwrap()).unwrap();
+        assert!(y.iter().all(|&value| value == 0.0 || value == f32::INFINITY));
+        assert!(y.contains(&0.0) && y.contains(&f32::INFINITY));
+    }
+
+    #[test]
+    fn nothing_to_drop_and_nothing_at_all() {
+        let x = Tensor::randn([5, 3], (Kind::Float, Device::Cpu));
+        assert!(dropout(&x, 0.0, KEY).unwrap().equal(&x));
+        let empty = Tensor::zeros([0, 3], (Kind::BFloat16, Device::Cpu));
+        assert_eq!(dropout(&empty, 0.1, KEY).unwrap().size(), [0, 3]);
+    }
+
+    #[test]
+    fn refuses_what_it_cannot_do() {
+        let x = Tensor::randn([4, 6], (Kind::Float, Device::Cpu));
+        for p in [-0.1, 1.0, f64::NAN] {
+            assert!(dropout(&x, p, KEY).unwrap_err().to_string().contains("[0, 1)"));
+        }
+        assert!(dropout(&x.tr(), 0.1, KEY).unwrap_err().to_string().contains("contiguous"));
+        let double = x.to_kind(Kind::Double);
+        assert!(dropout(&double, 0.1, KEY).unwrap_err().to_string().contains("f32 and bf16"));
+    }
 }

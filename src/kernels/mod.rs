@@ -1,5 +1,13 @@
 //! Our CUDA kernels, their launchers and their slow twins: tensors, not layers.
+//!
+//! The one place for `unsafe`: memory that tch or the driver lends, and calls into libraries loaded at run time.
+
+#![allow(
+    unsafe_code,
+    reason = "raw tensor memory, kernel launches and foreign libraries live here and nowhere else"
+)]
 
 pub mod device;
 pub mod dropout;
 pub mod nf4;
+pub mod philox;
