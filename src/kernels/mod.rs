@@ -7,7 +7,12 @@
     reason = "raw tensor memory, kernel launches and foreign libraries live here and nowhere else"
 )]
 
+pub mod attention;
+pub mod cross_entropy;
 pub mod device;
 pub mod dropout;
 pub mod nf4;
 pub mod philox;
+pub mod rms_norm;
+pub mod rope;
+pub mod swiglu;

@@ -2,6 +2,8 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::recipe::Projection;
+
 /// The family; it decides which configuration keys are required, nothing else.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Architecture {
@@ -50,4 +52,35 @@ pub struct ModelConfig {
     pub bos_token_id: Option<u32>,
     /// End tokens.
     pub eos_token_ids: Vec<u32>,
+}
+
+impl ModelConfig {
+    /// `[out, in]` of a projection.
+    pub fn projection_shape(&self, projection: Projection) -> [i64; 2] {
+        let (hidden, inter) = (self.hidden_size, self.intermediate_size);
+        let (q, kv) = (self.num_attention_heads * self.head_dim, self.num_key_value_heads * self.head_dim);
+        match projection {
+            Projection::QProj => [q, hidden],
+            Projection::KProj | Projection::VProj => [kv, hidden],
+            Projection::OProj => [hidden, q],
+            Projection::GateProj | Projection::UpProj => [inter, hidden],
+            Projection::DownProj => [hidden, inter],
+        }
+    }
+
+    /// Names of all tensors of a checkpoint.
+    pub fn tensor_names(&self) -> Vec<String> {
+        let mut names = vec!["model.embed_tokens.weight".to_string(), "model.norm.weight".to_string()];
+        if !self.tie_word_embeddings {
+            names.push("lm_head.weight".to_string());
+        }
+        for layer in 0..self.num_hidden_layers {
+            names.extend(
+                Projection::ALL.iter().map(|projection| format!("{}.weight", projection.path(layer))),
+            );
+            names.push(format!("model.layers.{layer}.input_layernorm.weight"));
+            names.push(format!("model.layers.{layer}.post_attention_layernorm.weight"));
+        }
+        names
+    }
 }

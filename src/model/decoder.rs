@@ -1,13 +1,22 @@
 //! The decoder: embedding, layers, head; loss, gradients, logits and cached generation.
 
-use anyhow::{Result, bail};
+use anyhow::{Context as _, Result, bail, ensure};
 use tch::{Device, Kind, Tensor};
 
-use super::batch::Batch;
+use super::batch::{Batch, IGNORE};
 use super::config::ModelConfig;
+use super::init;
 use super::kv_cache::KvCache;
+use super::layer::{DecoderLayer, LayerSaved, PassContext};
+use super::linear::{Adapter, DropoutStep, LoraLinear};
+use super::load::{Loader, Weights};
 use super::params::ParamSet;
 use super::weights::TensorSource;
+use crate::kernels::cross_entropy::{
+    cross_entropy_reference, cross_entropy_with_grad_reference, logits_reference,
+};
+use crate::kernels::rms_norm::{RmsNormOut, rms_norm_backward_reference, rms_norm_reference};
+use crate::kernels::rope::RotaryAngles;
 use crate::recipe::{LoraSpec, Projection, Quantization};
 
 /// How to hold the frozen weights.
@@ -56,6 +65,15 @@ pub struct GradOptions {
 pub struct Decoder {
     config: ModelConfig,
     device: Device,
+    /// `[vocab, hidden]`.
+    embed_tokens: Tensor,
+    layers: Vec<DecoderLayer>,
+    /// `[hidden]`.
+    norm: Tensor,
+    /// `[vocab, hidden]`; the embedding itself when the configuration ties them.
+    lm_head: Tensor,
+    adapters: Option<ParamSet>,
+    adapters_on: bool,
 }
 
 impl Decoder {
@@ -63,8 +81,12 @@ impl Decoder {
     ///
     /// # Errors
     /// When a tensor is missing, unknown or has another shape than the configuration says.
-    pub fn load(_source: &dyn TensorSource, config: &ModelConfig, options: &LoadOptions) -> Result<Self> {
-        Ok(Self { config: config.clone(), device: options.device })
+    pub fn load(source: &dyn TensorSource, config: &ModelConfig, options: &LoadOptions) -> Result<Self> {
+        let LoadOptions { quantization, device } = *options;
+        let loader = Loader { source, config, quantization, device, kind: kind_on(device) };
+        let Weights { embed_tokens, layers, norm, lm_head } = loader.load()?;
+        let config = config.clone();
+        Ok(Self { config, device, embed_tokens, layers, norm, lm_head, adapters: None, adapters_on: true })
     }
 
     /// What the model is.
@@ -79,72 +101,284 @@ impl Decoder {
 
     /// The dtype of activations: f32 on the CPU, bf16 on a GPU.
     pub fn kind(&self) -> Kind {
-        if self.device.is_cuda() { Kind::BFloat16 } else { Kind::Float }
+        kind_on(self.device)
     }
 
     /// Adds an adapter: `lora_A` Kaiming-uniform from `seed` as in PEFT, `lora_B` zero.
     ///
     /// # Errors
     /// When one is attached already.
-    pub fn attach_lora(&mut self, _spec: &LoraSpec, _seed: u64) -> Result<()> {
-        bail!("not built yet")
+    pub fn attach_lora(&mut self, spec: &LoraSpec, seed: u64) -> Result<()> {
+        ensure!(self.adapters.is_none(), "the decoder has an adapter already");
+        let targets: Vec<(usize, Projection)> = (0..self.layers.len())
+            .flat_map(|layer| Projection::ALL.map(|projection| (layer, projection)))
+            .filter(|(_, projection)| spec.targets.contains(projection))
+            .collect();
+        let params = ParamSet::zeros(
+            targets
+                .iter()
+                .flat_map(|(layer, projection)| self.lora_parameters(*layer, *projection, spec.rank)),
+            self.device,
+        );
+        let kind = self.kind();
+        for (index, (layer, projection)) in targets.into_iter().enumerate() {
+            let (a_slot, b_slot) = (2 * index, 2 * index + 1);
+            initialise(&params, a_slot, seed);
+            let adapter = Adapter::new(&params, a_slot, b_slot, spec.scale(), spec.dropout, kind);
+            self.projection_mut(layer, projection).adapter = Some(adapter);
+        }
+        self.adapters = Some(params);
+        Ok(())
+    }
+
+    fn lora_parameters(&self, layer: usize, projection: Projection, rank: usize) -> [(String, Vec<i64>); 2] {
+        let [out, input] = self.config.projection_shape(projection);
+        let path = projection.path(layer);
+        let rank = rank as i64;
+        [
+            (format!("{path}.lora_A.weight"), vec![rank, input]),
+            (format!("{path}.lora_B.weight"), vec![out, rank]),
+        ]
     }
 
     /// The adapter's parameters, f32; [`adapters_changed`](Self::adapters_changed) must be called after writing to them.
     pub fn adapters(&self) -> Option<&ParamSet> {
-        None
+        self.adapters.as_ref()
     }
 
     /// Renews what is derived from the adapter (compute copies).
-    pub fn adapters_changed(&mut self) {}
+    pub fn adapters_changed(&mut self) {
+        let Some(params) = &self.adapters else { return };
+        for layer in &mut self.layers {
+            for projection in layer.projections_mut() {
+                if let Some(adapter) = &mut projection.adapter {
+                    adapter.refresh(params);
+                }
+            }
+        }
+    }
 
     /// Switches the attached adapter on or off: off is the base model.
-    pub fn enable_adapters(&mut self, _on: bool) {}
+    pub fn enable_adapters(&mut self, on: bool) {
+        self.adapters_on = on;
+    }
 
     /// The loss, without dropout.
     ///
     /// # Errors
     /// When a token id or a position is beyond the model's.
-    pub fn loss(&self, _batch: &Batch) -> Result<Loss> {
-        bail!("not built yet")
+    pub fn loss(&self, batch: &Batch) -> Result<Loss> {
+        tch::no_grad(|| {
+            let pass = self.pass(batch, None)?;
+            let hidden = self.forward(batch, &pass, |_| {})?;
+            let Some(rows) = supervised_rows(batch) else { return Ok(empty_loss(batch)) };
+            let normed = self.final_norm(&hidden.index_select(0, &rows)).y;
+            let labels = batch.labels.index_select(0, &rows);
+            let losses = cross_entropy_reference(&normed, &self.lm_head, &labels, self.config.logits_scaling);
+            per_sequence(batch, &rows, &losses)
+        })
     }
 
     /// The loss, and its gradient times `options.scale` added into `grads` (layout of [`adapters`](Self::adapters)).
     ///
     /// # Errors
     /// As [`loss`](Self::loss), or when no adapter is attached.
-    pub fn loss_and_grad(
+    pub fn loss_and_grad(&self, batch: &Batch, options: &GradOptions, grads: &mut ParamSet) -> Result<Loss> {
+        ensure!(
+            self.adapters.is_some() && self.adapters_on,
+            "no adapter is attached: there is nothing to train"
+        );
+        tch::no_grad(|| {
+            let GradOptions { scale, seed, microbatch } = *options;
+            let pass = self.pass(batch, Some(DropoutStep { seed, microbatch }))?;
+            let mut saved = Vec::with_capacity(self.layers.len());
+            let hidden = self.forward(batch, &pass, |layer| saved.push(layer))?;
+            let Some(rows) = supervised_rows(batch) else { return Ok(empty_loss(batch)) };
+            let (losses, d_hidden) = self.head_with_grad(&hidden, batch, &rows, scale);
+            self.backward(d_hidden, saved, &pass, grads)?;
+            per_sequence(batch, &rows, &losses)
+        })
+    }
+
+    /// Losses of the supervised `rows` and the gradient of the residual stream after the last layer.
+    fn head_with_grad(&self, hidden: &Tensor, batch: &Batch, rows: &Tensor, scale: f64) -> (Tensor, Tensor) {
+        let x = hidden.index_select(0, rows);
+        let RmsNormOut { y, rstd } = self.final_norm(&x);
+        let labels = batch.labels.index_select(0, rows);
+        let scaling = self.config.logits_scaling;
+        let (losses, dy) = cross_entropy_with_grad_reference(&y, &self.lm_head, &labels, scaling, scale);
+        let dx = rms_norm_backward_reference(&dy, &x, &self.norm, &rstd);
+        let mut d_hidden = hidden.zeros_like();
+        let _ = d_hidden.index_copy_(0, rows, &dx);
+        (losses, d_hidden)
+    }
+
+    fn backward(
         &self,
-        _batch: &Batch,
-        _options: &GradOptions,
-        _grads: &mut ParamSet,
-    ) -> Result<Loss> {
-        bail!("not built yet")
+        mut gradient: Tensor,
+        mut saved: Vec<LayerSaved>,
+        pass: &PassContext<'_>,
+        grads: &mut ParamSet,
+    ) -> Result<()> {
+        for (index, layer) in self.layers.iter().enumerate().rev() {
+            // Taken off the list, so that a layer's memory is free once its gradient is known.
+            let kept = saved.pop().context("a layer kept nothing for its backward pass")?;
+            if index == 0 {
+                layer.backward_first(&gradient, &kept, pass, grads)?;
+            } else {
+                gradient = layer.backward(&gradient, &kept, pass, grads)?;
+            }
+        }
+        Ok(())
     }
 
     /// Logits at the positions `rows` (i64 indices into the packed tokens), `[rows, vocab]` f32.
     ///
     /// # Errors
     /// As [`loss`](Self::loss).
-    pub fn logits(&self, _batch: &Batch, _rows: &Tensor) -> Result<Tensor> {
-        bail!("not built yet")
+    pub fn logits(&self, batch: &Batch, rows: &Tensor) -> Result<Tensor> {
+        tch::no_grad(|| {
+            let pass = self.pass(batch, None)?;
+            let hidden = self.forward(batch, &pass, |_| {})?;
+            let normed = self.final_norm(&hidden.index_select(0, rows)).y;
+            Ok(logits_reference(&normed, &self.lm_head, self.config.logits_scaling))
+        })
     }
 
     /// Appends `input_ids` to the sequence in `cache` and gives the logits after the last of them, `[vocab]` f32.
     ///
     /// # Errors
-    /// When the cache is too small, or as [`loss`](Self::loss).
-    pub fn forward_cached(&self, _input_ids: &[u32], _cache: &mut KvCache) -> Result<Tensor> {
-        bail!("not built yet")
+    /// When `input_ids` is empty, the cache is too small, or as [`loss`](Self::loss).
+    pub fn forward_cached(&self, input_ids: &[u32], cache: &mut KvCache) -> Result<Tensor> {
+        let (past, new) = (cache.len(), input_ids.len() as i64);
+        ensure!(new > 0, "there is no token to go on from");
+        ensure!(
+            past + new <= cache.capacity(),
+            "the cache holds {} tokens, {} are needed",
+            cache.capacity(),
+            past + new
+        );
+        self.check_ids(input_ids.iter().map(|id| i64::from(*id)).max().unwrap_or(0), past + new)?;
+        tch::no_grad(|| {
+            let ids: Vec<i64> = input_ids.iter().map(|id| i64::from(*id)).collect();
+            let positions = Tensor::arange_start(past, past + new, (Kind::Int64, self.device));
+            let pass = self.pass_over(&positions, &[], None);
+            let mut x = self.embed(&Tensor::from_slice(&ids).to_device(self.device));
+            for (index, layer) in self.layers.iter().enumerate() {
+                x = layer.forward_cached(&x, &pass, &cache.keys[index], &cache.values[index], past)?;
+            }
+            cache.length = past + new;
+            let normed = self.final_norm(&x.narrow(0, new - 1, 1)).y;
+            Ok(logits_reference(&normed, &self.lm_head, self.config.logits_scaling).squeeze_dim(0))
+        })
     }
 
     /// The frozen weight of a projection, dequantised, `[out, in]` f32 on the decoder's device.
-    pub fn base_weight(&self, _layer: usize, _projection: Projection) -> Tensor {
-        Tensor::new()
+    pub fn base_weight(&self, layer: usize, projection: Projection) -> Tensor {
+        self.layers[layer].projection(projection).base.dense(Kind::Float)
     }
 
     /// `scale · B · A` of a projection, `[out, in]` f32, or `None` where there is no adapter.
-    pub fn lora_delta(&self, _layer: usize, _projection: Projection) -> Option<Tensor> {
-        None
+    pub fn lora_delta(&self, layer: usize, projection: Projection) -> Option<Tensor> {
+        let adapter = self.layers[layer].projection(projection).adapter.as_ref()?;
+        Some(tch::no_grad(|| adapter.delta()))
     }
+
+    fn forward(
+        &self,
+        batch: &Batch,
+        pass: &PassContext<'_>,
+        mut keep: impl FnMut(LayerSaved),
+    ) -> Result<Tensor> {
+        let mut x = self.embed(&batch.input_ids); // [tokens, hidden]
+        for layer in &self.layers {
+            let (y, saved) = layer.forward(&x, pass)?;
+            keep(saved);
+            x = y;
+        }
+        Ok(x)
+    }
+
+    fn embed(&self, input_ids: &Tensor) -> Tensor {
+        self.embed_tokens.index_select(0, input_ids) * self.config.embedding_multiplier
+    }
+
+    fn final_norm(&self, x: &Tensor) -> RmsNormOut {
+        rms_norm_reference(x, &self.norm, self.config.rms_norm_eps)
+    }
+
+    fn pass<'a>(&'a self, batch: &'a Batch, dropout: Option<DropoutStep>) -> Result<PassContext<'a>> {
+        if batch.tokens() == 0 {
+            bail!("the batch is empty");
+        }
+        let longest = batch.cu_seqlens.windows(2).map(|pair| pair[1] - pair[0]).max().unwrap_or(0);
+        self.check_ids(batch.input_ids.max().int64_value(&[]), longest)?;
+        Ok(self.pass_over(&batch.position_ids, &batch.cu_seqlens, dropout))
+    }
+
+    fn pass_over<'a>(
+        &'a self,
+        position_ids: &Tensor,
+        cu_seqlens: &'a [i64],
+        dropout: Option<DropoutStep>,
+    ) -> PassContext<'a> {
+        let ModelConfig { head_dim, rope_theta, .. } = self.config;
+        let angles = RotaryAngles::new(position_ids, head_dim, rope_theta, self.kind());
+        PassContext { config: &self.config, angles, cu_seqlens, dropout, adapted: self.adapters_on }
+    }
+
+    fn check_ids(&self, largest_id: i64, longest: i64) -> Result<()> {
+        let ModelConfig { vocab_size, max_position_embeddings, .. } = self.config;
+        ensure!(
+            largest_id < vocab_size,
+            "token id {largest_id} is beyond the model's vocabulary of {vocab_size}"
+        );
+        ensure!(
+            longest <= max_position_embeddings,
+            "a sequence of {longest} tokens is longer than the model's {max_position_embeddings} positions"
+        );
+        Ok(())
+    }
+
+    fn projection_mut(&mut self, layer: usize, projection: Projection) -> &mut LoraLinear {
+        self.layers[layer].projection_mut(projection)
+    }
+}
+
+fn kind_on(device: Device) -> Kind {
+    if device.is_cuda() { Kind::BFloat16 } else { Kind::Float }
+}
+
+/// PEFT's initial `lora_A`: Kaiming-uniform with slope √5, which is uniform within `1 / sqrt(in)`.
+fn initialise(params: &ParamSet, a_slot: usize, seed: u64) {
+    let slot = &params.slots()[a_slot];
+    let bound = 1.0 / (slot.shape[1] as f64).sqrt();
+    let values = init::uniform(seed, &slot.name, slot.len() as usize, bound);
+    params.view(a_slot).copy_(&Tensor::from_slice(&values).view(slot.shape.as_slice()));
+}
+
+/// Positions whose label counts, `[supervised]` i64, or `None` when there are none.
+fn supervised_rows(batch: &Batch) -> Option<Tensor> {
+    (batch.supervised > 0).then(|| batch.labels.ne(IGNORE).nonzero().squeeze_dim(1))
+}
+
+fn empty_loss(batch: &Batch) -> Loss {
+    let seqs = batch.cu_seqlens.len().saturating_sub(1);
+    Loss { per_sequence: vec![0.0; seqs], supervised: vec![0; seqs] }
+}
+
+/// Sums in f64, in order: the same whatever the row's neighbours are.
+fn per_sequence(batch: &Batch, rows: &Tensor, losses: &Tensor) -> Result<Loss> {
+    let rows = Vec::<i64>::try_from(rows.to_device(Device::Cpu))?;
+    let losses = Vec::<f32>::try_from(losses.to_device(Device::Cpu))?;
+    let mut loss = empty_loss(batch);
+    let mut sequence = 0;
+    for (row, value) in rows.into_iter().zip(losses) {
+        while row >= batch.cu_seqlens[sequence + 1] {
+            sequence += 1;
+        }
+        loss.per_sequence[sequence] += f64::from(value);
+        loss.supervised[sequence] += 1;
+    }
+    Ok(loss)
 }

@@ -3,6 +3,10 @@
 pub mod batch;
 pub mod config;
 pub mod decoder;
+pub mod init;
 pub mod kv_cache;
+pub mod layer;
+pub mod linear;
+pub mod load;
 pub mod params;
 pub mod weights;

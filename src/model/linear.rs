@@ -1,0 +1,163 @@
+//! A frozen linear weight with an optional LoRA adapter (Hu et al. 2021), forward and backward.
+//!
+//! Forward `y = x·Wᵀ + s · drop(x)·Aᵀ·Bᵀ`.
+//! Backward `dB += s · dyᵀ·(drop(x)·Aᵀ)`, `dA += s · (dy·B)ᵀ·drop(x)`, `dx = dy·W + drop'(s · dy·B·A)`.
+
+use anyhow::Result;
+use tch::{Kind, Tensor};
+
+use super::params::ParamSet;
+use crate::kernels::dropout::{DropoutKey, dropout};
+use crate::kernels::nf4::Nf4Weight;
+
+/// A frozen weight `[out, in]`.
+#[derive(Debug)]
+pub enum BaseWeight {
+    /// In 4 bits, dequantised at every use.
+    Nf4(Nf4Weight),
+    /// Ready for products, in the activations' dtype.
+    Dense(Tensor),
+}
+
+impl BaseWeight {
+    /// The weight for a product, `[out, in]`.
+    pub fn dense(&self, kind: Kind) -> Tensor {
+        match self {
+            Self::Nf4(weight) => weight.dequantize(kind),
+            Self::Dense(weight) => weight.to_kind(kind),
+        }
+    }
+}
+
+/// The adapter of one projection: where it lies in the [`ParamSet`], and its copies for products.
+#[derive(Debug)]
+pub struct Adapter {
+    pub(super) a_slot: usize,
+    pub(super) b_slot: usize,
+    /// `[rank, in]` in the activations' dtype.
+    a: Tensor,
+    /// `[out, rank]`.
+    b: Tensor,
+    scale: f64,
+    dropout: f64,
+}
+
+impl Adapter {
+    pub(super) fn new(
+        params: &ParamSet,
+        a_slot: usize,
+        b_slot: usize,
+        scale: f64,
+        dropout: f64,
+        kind: Kind,
+    ) -> Self {
+        let copy = |slot| params.view(slot).to_kind(kind);
+        Self { a_slot, b_slot, a: copy(a_slot), b: copy(b_slot), scale, dropout }
+    }
+
+    pub(super) fn refresh(&mut self, params: &ParamSet) {
+        // In f32 the copies are views of the parameters themselves.
+        self.a = params.view(self.a_slot).to_kind(self.a.kind());
+        self.b = params.view(self.b_slot).to_kind(self.b.kind());
+    }
+
+    /// `s · B · A`, `[out, in]` f32.
+    pub(super) fn delta(&self) -> Tensor {
+        self.b.to_kind(Kind::Float).matmul(&self.a.to_kind(Kind::Float)) * self.scale
+    }
+
+    fn dropped(&self, x: &Tensor, key: Option<DropoutKey>) -> Result<Tensor> {
+        match key {
+            Some(key) if self.dropout > 0.0 => dropout(x, self.dropout, key),
+            _ => Ok(x.shallow_clone()),
+        }
+    }
+}
+
+/// A projection of a layer.
+#[derive(Debug)]
+pub struct LoraLinear {
+    pub(super) base: BaseWeight,
+    pub(super) adapter: Option<Adapter>,
+    /// Names the projection in dropout keys.
+    pub(super) module: u32,
+}
+
+/// What a projection's forward pass leaves behind beside its input.
+#[derive(Debug, Default)]
+pub struct LoraSaved {
+    /// `drop(x)·Aᵀ`, `[tokens, rank]`.
+    xa: Option<Tensor>,
+}
+
+/// Which dropout masks a pass uses; without one (evaluation) nothing is dropped.
+#[derive(Debug, Clone, Copy)]
+pub struct DropoutStep {
+    /// Seed of the run.
+    pub seed: u64,
+    /// Counter of the micro-batch.
+    pub microbatch: u64,
+}
+
+impl LoraLinear {
+    fn key(&self, step: Option<DropoutStep>) -> Option<DropoutKey> {
+        step.map(|DropoutStep { seed, microbatch }| DropoutKey { seed, microbatch, module: self.module })
+    }
+
+    /// `[tokens, in]` → `[tokens, out]`.
+    pub(super) fn forward(
+        &self,
+        x: &Tensor,
+        step: Option<DropoutStep>,
+        adapted: bool,
+    ) -> Result<(Tensor, LoraSaved)> {
+        let y = x.matmul(&self.base.dense(x.kind()).tr());
+        let Some(adapter) = self.adapter.as_ref().filter(|_| adapted) else {
+            return Ok((y, LoraSaved::default()));
+        };
+        let xa = adapter.dropped(x, self.key(step))?.matmul(&adapter.a.tr()); // [tokens, rank]
+        let y = y + (&xa * adapter.scale).matmul(&adapter.b.tr());
+        Ok((y, LoraSaved { xa: Some(xa) }))
+    }
+
+    /// `[tokens, out]` → `[tokens, in]`; the adapter's gradients are added into `grads`.
+    pub(super) fn backward(
+        &self,
+        dy: &Tensor,
+        x: &Tensor,
+        saved: &LoraSaved,
+        step: Option<DropoutStep>,
+        grads: &mut ParamSet,
+    ) -> Result<Tensor> {
+        let dx = dy.matmul(&self.base.dense(dy.kind()));
+        match self.adapter_backward(dy, x, saved, step, grads)? {
+            Some(through_adapter) => Ok(dx + through_adapter),
+            None => Ok(dx),
+        }
+    }
+
+    /// Only the adapter's gradients and its part of `dx`: all there is to do where nothing below learns.
+    pub(super) fn adapter_backward(
+        &self,
+        dy: &Tensor,
+        x: &Tensor,
+        saved: &LoraSaved,
+        step: Option<DropoutStep>,
+        grads: &mut ParamSet,
+    ) -> Result<Option<Tensor>> {
+        let (Some(adapter), Some(xa)) = (&self.adapter, &saved.xa) else { return Ok(None) };
+        let key = self.key(step);
+        let dyb = dy.matmul(&adapter.b) * adapter.scale; // [tokens, rank]
+        let d_b = dy.tr().matmul(xa) * adapter.scale; // [out, rank]
+        let d_a = dyb.tr().matmul(&adapter.dropped(x, key)?); // [rank, in]
+        add_into(grads, adapter.b_slot, &d_b);
+        add_into(grads, adapter.a_slot, &d_a);
+        // The mask and its scale are the same linear map in both directions.
+        Ok(Some(adapter.dropped(&dyb.matmul(&adapter.a), key)?))
+    }
+}
+
+fn add_into(grads: &mut ParamSet, slot: usize, gradient: &Tensor) {
+    let mut sum = grads.view(slot);
+    sum += gradient.to_kind(Kind::Float);
+}
