@@ -106,7 +106,7 @@ impl DecoderLayer {
         let attention_norm = rms_norm_reference(x, &self.input_layernorm, eps);
         let (q, k, v, [q_saved, k_saved, v_saved]) = self.heads(&attention_norm.y, pass)?;
         let attention = attention_reference(&q, &k, &v, pass.cu_seqlens, pass.config.attention_multiplier);
-        let (branch, o_saved) = self.o_proj.forward(&flatten(attention), pass.dropout, pass.adapted)?;
+        let (branch, o_saved) = self.o_proj.forward(&flatten(&attention), pass.dropout, pass.adapted)?;
         let middle = add_scaled(x, &branch, residual_multiplier);
         let mlp_norm = rms_norm_reference(&middle, &self.post_attention_layernorm, eps);
         let (gate, gate_saved) = self.gate_proj.forward(&mlp_norm.y, pass.dropout, pass.adapted)?;
