@@ -1,0 +1,98 @@
+//! A model whose likeliest next token is the last one plus one, and a gate that holds it still.
+
+use std::sync::{Arc, Condvar, Mutex};
+use std::time::Duration;
+
+use anyhow::{Result, bail};
+use granite::engine::CausalLm;
+
+/// Holds the model at its first step until it is opened.
+#[derive(Clone)]
+pub struct Gate(Arc<(Mutex<(bool, bool)>, Condvar)>);
+
+impl Gate {
+    pub fn closed() -> Self {
+        Self(Arc::new((Mutex::new((false, false)), Condvar::new())))
+    }
+
+    pub fn open(&self) {
+        self.0.0.lock().unwrap().1 = true;
+        self.0.1.notify_all();
+    }
+
+    pub fn wait_until_reached(&self) {
+        drop(self.0.1.wait_while(self.0.0.lock().unwrap(), |(reached, _)| !*reached).unwrap());
+    }
+
+    fn pass(&self) {
+        let mut state = self.0.0.lock().unwrap();
+        state.0 = true;
+        self.0.1.notify_all();
+        drop(self.0.1.wait_while(state, |(_, open)| !*open).unwrap());
+    }
+}
+
+pub struct Counting {
+    vocabulary: usize,
+    context: usize,
+    gate: Option<Gate>,
+    pause: Duration,
+    failing: Option<u32>,
+    panicking: Option<u32>,
+}
+
+impl Counting {
+    pub fn new(vocabulary: usize, context: usize) -> Self {
+        Self { vocabulary, context, gate: None, pause: Duration::ZERO, failing: None, panicking: None }
+    }
+
+    pub fn behind(self, gate: &Gate) -> Self {
+        Self { gate: Some(gate.clone()), ..self }
+    }
+
+    pub fn slow(self, pause: Duration) -> Self {
+        Self { pause, ..self }
+    }
+
+    pub fn failing_at(self, token: u32) -> Self {
+        Self { failing: Some(token), ..self }
+    }
+
+    pub fn panicking_at(self, token: u32) -> Self {
+        Self { panicking: Some(token), ..self }
+    }
+}
+
+impl CausalLm for Counting {
+    /// Tokens seen, and how many there is room for.
+    type Cache = (Vec<u32>, usize);
+
+    fn context(&self) -> usize {
+        self.context
+    }
+
+    fn vocabulary(&self) -> usize {
+        self.vocabulary
+    }
+
+    fn new_cache(&self, capacity: usize) -> Self::Cache {
+        (Vec::new(), capacity)
+    }
+
+    fn forward_cached(&self, input_ids: &[u32], (seen, capacity): &mut Self::Cache) -> Result<Vec<f32>> {
+        if let Some(gate) = &self.gate {
+            gate.pass();
+        }
+        std::thread::sleep(self.pause);
+        seen.extend(input_ids);
+        assert!(seen.len() <= *capacity, "{} tokens in a cache of {capacity}", seen.len());
+        let last = *seen.last().unwrap();
+        if self.failing == Some(last) {
+            bail!("no token follows {last}");
+        }
+        assert!(self.panicking != Some(last), "token {last}");
+        let mut logits = vec![0.0; self.vocabulary];
+        logits[(last as usize + 1) % self.vocabulary] = 4.0;
+        Ok(logits)
+    }
+}
