@@ -61,3 +61,21 @@ pub fn render(error: &anyhow::Error) -> String {
     }
     text
 }
+
+#[cfg(test)]
+mod tests {
+    use anyhow::Context as _;
+
+    use super::{HintExt as _, render, user_error};
+
+    #[test]
+    fn hints_come_last_whatever_wraps_them() {
+        let failure: anyhow::Result<()> = Err(user_error("a is 3, expected 4", "set a to 4"));
+        let failure = failure.context("cannot read `x`").hint("look again");
+        let text = render(&failure.expect_err("it fails"));
+        assert_eq!(
+            text,
+            "error: cannot read `x`\n  caused by: a is 3, expected 4\nhint: look again\nhint: set a to 4\n"
+        );
+    }
+}

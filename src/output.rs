@@ -103,3 +103,47 @@ fn sync_folder(folder: &Path) -> Result<()> {
     fs::File::open(folder)?.sync_all()?;
     Ok(())
 }
+
+#[cfg(test)]
+#[expect(clippy::unwrap_used, reason = "a test may fail loudly")]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_folder_appears_whole_or_not_at_all() {
+        let root = tempfile::tempdir().unwrap();
+        let destination = root.path().join("deep/run");
+        let staged = Staged::folder(&destination).unwrap();
+        fs::write(staged.path().join("a"), "1").unwrap();
+        assert!(!destination.exists());
+        drop(staged);
+        assert_eq!(fs::read_dir(root.path().join("deep")).unwrap().count(), 0, "nothing stays behind");
+
+        let staged = Staged::folder(&destination).unwrap();
+        fs::write(staged.path().join("a"), "1").unwrap();
+        staged.commit().unwrap();
+        assert_eq!(fs::read_to_string(destination.join("a")).unwrap(), "1");
+    }
+
+    #[test]
+    fn a_folder_replaces_its_predecessor_wholly() {
+        let root = tempfile::tempdir().unwrap();
+        let destination = root.path().join("run");
+        for name in ["old", "new"] {
+            let staged = Staged::folder(&destination).unwrap();
+            fs::write(staged.path().join(name), name).unwrap();
+            staged.commit().unwrap();
+        }
+        assert!(!destination.join("old").exists());
+        assert!(destination.join("new").exists());
+        assert_eq!(fs::read_dir(root.path()).unwrap().count(), 1, "the predecessor is gone");
+    }
+
+    #[test]
+    fn a_file_that_cannot_be_written_names_itself() {
+        let root = tempfile::tempdir().unwrap();
+        fs::write(root.path().join("file"), "x").unwrap();
+        let error = write_file(&root.path().join("file/inside"), b"y").unwrap_err();
+        assert!(format!("{error:#}").contains("file/inside"), "{error:#}");
+    }
+}

@@ -204,3 +204,68 @@ fn parse_error(path: &Path, text: &str, error: &toml::de::Error) -> RecipeError 
 fn first_line(text: &str) -> String {
     text.lines().next().unwrap_or_default().to_string()
 }
+
+#[cfg(test)]
+#[expect(clippy::unwrap_used, reason = "a test may fail loudly")]
+mod tests {
+    use super::*;
+
+    const SMALL: &str = "name = \"x\"\n[model]\nbase = \"b\"\n[lora]\nrank = 8\n";
+
+    fn parse(text: &str, overrides: &[&str]) -> Result<Recipe, String> {
+        let overrides: Vec<Override> = overrides.iter().map(|text| text.parse().unwrap()).collect();
+        Recipe::parse(text, Path::new("r.toml"), &overrides).map_err(|error| error.to_string())
+    }
+
+    #[test]
+    fn an_unknown_field_is_told_with_its_line_and_the_known_ones() {
+        let error = parse("name = \"x\"\n[model]\nbase = \"b\"\n\n[lora]\nrnak = 8\n", &[]).unwrap_err();
+        assert!(
+            error.starts_with("recipe `r.toml`: line 6: unknown field `rnak`, expected one of `rank`"),
+            "{error}"
+        );
+    }
+
+    #[test]
+    fn a_missing_table_and_a_wrong_type_have_lines_too() {
+        assert!(parse("name = \"x\"\n", &[]).unwrap_err().contains("missing field `model`"));
+        let error = parse("name = \"x\"\n[model]\nbase = 3\n", &[]).unwrap_err();
+        assert!(error.contains("line 3") && error.contains("string"), "{error}");
+        assert!(parse("name = \"x\n", &[]).unwrap_err().contains("line 1"));
+    }
+
+    #[test]
+    fn overrides_lie_over_the_text_and_may_add_tables() {
+        let recipe = parse(
+            SMALL,
+            &["lora.rank=16", "train.lr=1e-4", "model.base=a/b", "data.sources.dolly.path=d.jsonl"],
+        )
+        .unwrap();
+        assert_eq!(recipe.lora.rank, 16);
+        assert_eq!(recipe.train.lr, 1e-4);
+        assert_eq!(recipe.model.base, "a/b");
+        assert_eq!(recipe.data.sources.dolly.unwrap().path, PathBuf::from("d.jsonl"));
+    }
+
+    #[test]
+    fn the_wrong_override_is_named() {
+        let error = parse(SMALL, &["lora.rank=16", "lora.rnak=8"]).unwrap_err();
+        assert!(error.starts_with("override `--set lora.rnak`: unknown field"), "{error}");
+        assert!(parse(SMALL, &["lora.rank.x=8"]).unwrap_err().contains("`rank` is a value, not a table"));
+        assert!("lora.rank".parse::<Override>().is_err());
+        assert!("=3".parse::<Override>().is_err());
+    }
+
+    #[test]
+    fn values_outside_their_range_are_told_with_both() {
+        for (setting, expected) in [
+            ("lora.dropout=1.0", "`lora.dropout` is 1, expected a number in [0, 1)"),
+            ("name=../up", "`name` is `../up`, expected letters"),
+            ("train.lr=-1.0", "`train.lr` is -1, expected a number above 0"),
+            ("train.accumulation=0", "`train.accumulation` is 0, expected 1 or more"),
+        ] {
+            let error = parse(SMALL, &[setting]).unwrap_err();
+            assert!(error.contains(expected), "{error}");
+        }
+    }
+}
