@@ -11,6 +11,9 @@ pub mod attention;
 pub mod cross_entropy;
 pub mod device;
 pub mod dropout;
+pub mod dynamic_map;
+#[expect(unsafe_code, reason = "tensor memory as slices; each block says why it is sound")]
+pub mod host;
 pub mod nf4;
 pub mod philox;
 pub mod rms_norm;
