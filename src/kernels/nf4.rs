@@ -145,13 +145,19 @@ impl Nf4Weight {
     /// When a part has another size or dtype than `shape` asks for.
     pub fn check(&self) -> Result<()> {
         let [out, input] = self.shape;
-        let elements = out.checked_mul(input).filter(|elements| *elements > 0).context("the shape is empty")?;
+        let elements =
+            out.checked_mul(input).filter(|elements| *elements > 0).context("the shape is empty")?;
         let blocks = elements / BLOCK as i64;
         ensure!(elements % BLOCK as i64 == 0, "{elements} weights are no multiple of {BLOCK}");
         let expected = [
             (&self.packed, "packed", Kind::Uint8, elements / 2),
             (&self.absmax, "absmax", Kind::Uint8, blocks),
-            (&self.nested_absmax, "nested_absmax", Kind::Float, (blocks + NESTED_BLOCK as i64 - 1) / NESTED_BLOCK as i64),
+            (
+                &self.nested_absmax,
+                "nested_absmax",
+                Kind::Float,
+                (blocks + NESTED_BLOCK as i64 - 1) / NESTED_BLOCK as i64,
+            ),
             (&self.nested_code, "nested_code", Kind::Float, 256),
         ];
         for (part, name, kind, length) in expected {
@@ -184,7 +190,10 @@ fn check_shape(weight: &Tensor) -> Result<[i64; 2]> {
     let shape: [i64; 2] =
         size.as_slice().try_into().ok().with_context(|| format!("NF4 takes a matrix, got shape {size:?}"))?;
     let elements = weight.numel();
-    ensure!(elements > 0 && elements % BLOCK == 0, "NF4 takes a multiple of {BLOCK} weights, got shape {size:?}");
+    ensure!(
+        elements > 0 && elements % BLOCK == 0,
+        "NF4 takes a multiple of {BLOCK} weights, got shape {size:?}"
+    );
     Ok(shape)
 }
 
@@ -209,7 +218,8 @@ fn quantize_block<T: Element + Into<f32>>(weights: &[T], packed: &mut [u8]) -> f
         *value = (*weight).into();
     }
     // `f32::max` would drop a NaN; this keeps it, so that the caller sees it.
-    let scale = values.iter().fold(0f32, |scale, value| if value.abs() <= scale { scale } else { value.abs() });
+    let scale =
+        values.iter().fold(0f32, |scale, value| if value.abs() <= scale { scale } else { value.abs() });
     let reciprocal = 1.0 / scale.max(SMALLEST_SCALE);
     let mut codes = [0u8; BLOCK];
     for (code, value) in codes.iter_mut().zip(values) {

@@ -37,7 +37,9 @@ fn bytes(tensor: &Tensor) -> Vec<u8> {
         Kind::BFloat16 => {
             host::slice::<bf16>(&tensor).unwrap().iter().flat_map(|value| value.to_le_bytes()).collect()
         }
-        Kind::Half => host::slice::<f16>(&tensor).unwrap().iter().flat_map(|value| value.to_le_bytes()).collect(),
+        Kind::Half => {
+            host::slice::<f16>(&tensor).unwrap().iter().flat_map(|value| value.to_le_bytes()).collect()
+        }
         Kind::Uint8 => host::slice::<u8>(&tensor).unwrap().to_vec(),
         other => panic!("unexpected dtype {other:?}"),
     }
@@ -132,7 +134,10 @@ fn what_cannot_be_quantised_is_refused() {
         for at in [0, 1, 63] {
             let mut values = [0.5f32; 64];
             values[at] = hostile;
-            assert!(message(Tensor::from_slice(&values).view([1, 64])).contains("not finite"), "{hostile} at {at}");
+            assert!(
+                message(Tensor::from_slice(&values).view([1, 64])).contains("not finite"),
+                "{hostile} at {at}"
+            );
         }
     }
 }
