@@ -449,8 +449,11 @@ mod tests {
         let with = turns(&[(Role::User, "sum\n\n### Input:\n1 2"), (Role::Assistant, "3")]);
         let chat = template.render_supervised(&with).unwrap();
         assert!(chat.text.contains("paired with an input"));
-        assert!(chat.text.ends_with("### Instruction:\nsum\n\n### Input:\n1 2\n\n### Response:\n3<|im_end|>"));
-        let without = turns(&[(Role::User, "hi"), (Role::Assistant, "ho"), (Role::User, "x"), (Role::Assistant, "y")]);
+        assert!(
+            chat.text.ends_with("### Instruction:\nsum\n\n### Input:\n1 2\n\n### Response:\n3<|im_end|>")
+        );
+        let without =
+            turns(&[(Role::User, "hi"), (Role::Assistant, "ho"), (Role::User, "x"), (Role::Assistant, "y")]);
         assert_eq!(supervised_texts(&template, &without), ["ho<|im_end|>", "y<|im_end|>"]);
     }
 

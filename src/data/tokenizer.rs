@@ -134,8 +134,7 @@ impl ChatTokenizer {
     /// # Errors
     /// When the tokenizer fails.
     pub fn encode_batch(&self, texts: Vec<String>) -> Result<Vec<Vec<u32>>> {
-        let encodings =
-            self.tokenizer.encode_batch(texts, false).map_err(|error| anyhow!("{error}"))?;
+        let encodings = self.tokenizer.encode_batch(texts, false).map_err(|error| anyhow!("{error}"))?;
         Ok(encodings.iter().map(|encoding| encoding.get_ids().to_vec()).collect())
     }
 

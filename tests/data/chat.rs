@@ -60,7 +60,8 @@ fn a_golden_chat_is_supervised_from_its_answer_to_its_end_token() {
     let messages: Vec<Message> = serde_json::from_value(case["input"]["messages"].clone()).unwrap();
     let encoded = tokenizer.encode_chat(&messages).unwrap();
     assert_eq!(encoded.ids, ids(&case["ids"]));
-    let learned: Vec<u32> = encoded.ids.iter().zip(&encoded.loss_mask).filter(|(_, on)| **on).map(|(id, _)| *id).collect();
+    let learned: Vec<u32> =
+        encoded.ids.iter().zip(&encoded.loss_mask).filter(|(_, on)| **on).map(|(id, _)| *id).collect();
     // `SELECT count(*) FROM singer` and the end token; not the line break that follows it.
     assert_eq!(learned, [4620, 2385, 20399, 3753, 309, 10118, 0]);
 }
