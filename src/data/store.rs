@@ -1,0 +1,428 @@
+//! A prepared dataset on disk: parquet with zstd, which any tool can look into, and a manifest.
+//!
+//! ```text
+//! train.parquet, validation.parquet   one row per packed row
+//!   input_ids    list<uint32>   the tokens of its sequences, end to end
+//!   loss_mask    list<bool>     which of them are supervised
+//!   seq_lengths  list<uint32>   tokens of each sequence
+//!   seq_sources  list<uint16>   its source: index into the manifest's list
+//!   seq_examples list<uint32>   its example: row of examples.parquet
+//! examples.parquet                    one row per example: source, record, document, split, tokens
+//! manifest.json
+//! ```
+
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use anyhow::{Context as _, Result, anyhow, bail};
+use arrow::array::{
+    Array, ArrayRef, AsArray as _, BooleanArray, ListArray, RecordBatch, StringArray, UInt16Array,
+    UInt32Array,
+};
+use arrow::buffer::OffsetBuffer;
+use arrow::datatypes::{DataType, Field, Schema, UInt16Type, UInt32Type};
+use parquet::arrow::ArrowWriter;
+use parquet::arrow::arrow_reader::ParquetRecordBatchReaderBuilder;
+use parquet::basic::{Compression, ZstdLevel};
+use parquet::file::properties::WriterProperties;
+
+use super::manifest::{FORMAT_VERSION, Manifest};
+use super::tokenizer::ChatTokenizer;
+use crate::error::user_error;
+use crate::model::batch::Sequence;
+
+/// Rows that are compressed and decompressed together: few enough to read one at a time, enough to compress well.
+const ROWS_PER_GROUP: usize = 512;
+
+const MANIFEST: &str = "manifest.json";
+const EXAMPLES: &str = "examples.parquet";
+
+/// What an example is for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Split {
+    /// Trained on.
+    Train,
+    /// Held out.
+    Validation,
+}
+
+impl Split {
+    /// Both, in the order of the manifest.
+    pub const ALL: [Self; 2] = [Self::Train, Self::Validation];
+
+    /// As files and reports spell it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Train => "train",
+            Self::Validation => "validation",
+        }
+    }
+
+    fn file(self) -> String {
+        format!("{}.parquet", self.name())
+    }
+}
+
+/// Sequences that go through the model side by side, at most `sequence_length` tokens together.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct PackedRow {
+    /// The sequences.
+    pub sequences: Vec<Sequence>,
+    /// The example of each: its row in `examples.parquet`.
+    pub examples: Vec<u32>,
+}
+
+impl PackedRow {
+    /// Tokens of all its sequences.
+    pub fn tokens(&self) -> usize {
+        self.sequences.iter().map(|sequence| sequence.input_ids.len()).sum()
+    }
+}
+
+/// Where an example came from: one row of `examples.parquet`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Lineage {
+    /// Index into the manifest's sources.
+    pub source: u16,
+    /// Record of the source's file, counted from 1.
+    pub record: u32,
+    /// The document that decided its split.
+    pub document: String,
+    /// What it is for.
+    pub split: Split,
+    /// Length.
+    pub tokens: u32,
+    /// Supervised tokens.
+    pub supervised_tokens: u32,
+    /// It lost context to fit.
+    pub shortened: bool,
+}
+
+/// A prepared dataset, opened: the manifest is read, the rows are not.
+#[derive(Debug, Clone)]
+pub struct Dataset {
+    /// Where it lies.
+    pub folder: PathBuf,
+    /// What it says about itself.
+    pub manifest: Manifest,
+}
+
+impl Dataset {
+    /// Opens the folder that `granite prepare` wrote.
+    ///
+    /// # Errors
+    /// When it is none, or another version of the program wrote it.
+    pub fn open(folder: &Path) -> Result<Self> {
+        let path = folder.join(MANIFEST);
+        let text = match fs::read(&path) {
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+                return Err(user_error(
+                    format!("no dataset in `{}`: it has no `{MANIFEST}`", folder.display()),
+                    "run `granite prepare` with this recipe first",
+                ));
+            }
+            other => other.with_context(|| format!("cannot read `{}`", path.display()))?,
+        };
+        let manifest = parse_manifest(&text).with_context(|| format!("in `{}`", path.display()))?;
+        Ok(Self { folder: folder.to_path_buf(), manifest })
+    }
+
+    /// Reads the rows of a split, in their stored order.
+    ///
+    /// # Errors
+    /// When the file is missing or damaged.
+    pub fn rows(&self, split: Split) -> Result<Vec<PackedRow>> {
+        let path = self.folder.join(split.file());
+        read_rows(&path).with_context(|| format!("cannot read `{}`", path.display()))
+    }
+
+    /// Names of the sources, by the index that sequences carry.
+    pub fn source_names(&self) -> Vec<&str> {
+        self.manifest.sources.iter().map(|source| source.name.as_str()).collect()
+    }
+
+    /// Refuses a tokenizer or template other than the one that the dataset was prepared with.
+    ///
+    /// # Errors
+    /// When they differ: the dataset's ids would mean other words to the model.
+    pub fn check_tokenizer(&self, tokenizer: &ChatTokenizer) -> Result<()> {
+        let (ours, theirs) = (&self.manifest.tokenizer_hash, tokenizer.hash());
+        if ours == theirs {
+            return Ok(());
+        }
+        Err(user_error(
+            format!(
+                "dataset `{}` was prepared for `{}` with another tokenizer or template: its hash is {}, the model's is {}",
+                self.folder.display(),
+                self.manifest.model,
+                short(ours),
+                short(theirs),
+            ),
+            "run `granite prepare` again with this recipe, or name another dataset in `data.dataset`",
+        ))
+    }
+}
+
+fn short(hash: &str) -> &str {
+    hash.get(..12).unwrap_or(hash)
+}
+
+fn parse_manifest(text: &[u8]) -> Result<Manifest> {
+    let value: serde_json::Value = serde_json::from_slice(text).context("the manifest is no JSON")?;
+    let version = value.get("format_version").and_then(serde_json::Value::as_u64);
+    if version != Some(u64::from(FORMAT_VERSION)) {
+        let found = version.map_or_else(|| "none".to_string(), |version| version.to_string());
+        return Err(user_error(
+            format!("the dataset's format version is {found}, expected {FORMAT_VERSION}"),
+            "run `granite prepare` again",
+        ));
+    }
+    Ok(serde_json::from_value(value)?)
+}
+
+/// Writes a dataset's files into a folder.
+///
+/// # Errors
+/// When a file cannot be written.
+pub fn write(
+    folder: &Path,
+    manifest: &Manifest,
+    splits: [(Split, &[PackedRow]); 2],
+    examples: &[Lineage],
+) -> Result<()> {
+    for (split, rows) in splits {
+        write_rows(&folder.join(split.file()), rows)?;
+    }
+    write_examples(&folder.join(EXAMPLES), examples)?;
+    let mut text = serde_json::to_vec_pretty(manifest)?;
+    text.push(b'\n');
+    let path = folder.join(MANIFEST);
+    fs::write(&path, text).with_context(|| format!("cannot write `{}`", path.display()))
+}
+
+fn writer(path: &Path, schema: Arc<Schema>) -> Result<ArrowWriter<File>> {
+    let properties = WriterProperties::builder()
+        .set_compression(Compression::ZSTD(ZstdLevel::try_new(3)?))
+        // Tens of thousands of different ids: a dictionary would be built and thrown away.
+        .set_dictionary_enabled(false)
+        .set_max_row_group_row_count(Some(ROWS_PER_GROUP))
+        .set_created_by(concat!("granite ", env!("CARGO_PKG_VERSION")).to_string())
+        .build();
+    let file = File::create(path).with_context(|| format!("cannot write `{}`", path.display()))?;
+    Ok(ArrowWriter::try_new(file, schema, Some(properties))?)
+}
+
+fn list_field(name: &str, item: DataType) -> Field {
+    Field::new(name, DataType::List(Arc::new(Field::new_list_field(item, false))), false)
+}
+
+fn row_schema() -> Arc<Schema> {
+    Arc::new(Schema::new(vec![
+        list_field("input_ids", DataType::UInt32),
+        list_field("loss_mask", DataType::Boolean),
+        list_field("seq_lengths", DataType::UInt32),
+        list_field("seq_sources", DataType::UInt16),
+        list_field("seq_examples", DataType::UInt32),
+    ]))
+}
+
+fn write_rows(path: &Path, rows: &[PackedRow]) -> Result<()> {
+    let mut writer = writer(path, row_schema())?;
+    for group in rows.chunks(ROWS_PER_GROUP) {
+        writer.write(&row_batch(group)?)?;
+    }
+    writer.close().with_context(|| format!("cannot write `{}`", path.display()))?;
+    Ok(())
+}
+
+fn row_batch(rows: &[PackedRow]) -> Result<RecordBatch> {
+    let sequences = || rows.iter().flat_map(|row| &row.sequences);
+    let by_token = || OffsetBuffer::from_lengths(rows.iter().map(PackedRow::tokens));
+    let by_sequence = || OffsetBuffer::from_lengths(rows.iter().map(|row| row.sequences.len()));
+    let ids: Vec<u32> = sequences().flat_map(|sequence| sequence.input_ids.iter().copied()).collect();
+    let mask: Vec<bool> = sequences().flat_map(|sequence| sequence.loss_mask.iter().copied()).collect();
+    let lengths: Vec<u32> =
+        sequences().map(|sequence| u32::try_from(sequence.input_ids.len())).collect::<Result<_, _>>()?;
+    let sources: Vec<u16> = sequences().map(|sequence| sequence.source).collect();
+    let examples: Vec<u32> = rows.iter().flat_map(|row| row.examples.iter().copied()).collect();
+    let columns = vec![
+        list(by_token(), Arc::new(UInt32Array::from(ids)))?,
+        list(by_token(), Arc::new(BooleanArray::from(mask)))?,
+        list(by_sequence(), Arc::new(UInt32Array::from(lengths)))?,
+        list(by_sequence(), Arc::new(UInt16Array::from(sources)))?,
+        list(by_sequence(), Arc::new(UInt32Array::from(examples)))?,
+    ];
+    Ok(RecordBatch::try_new(row_schema(), columns)?)
+}
+
+fn list(offsets: OffsetBuffer<i32>, values: ArrayRef) -> Result<ArrayRef> {
+    let item = Arc::new(Field::new_list_field(values.data_type().clone(), false));
+    Ok(Arc::new(ListArray::try_new(item, offsets, values, None)?))
+}
+
+fn write_examples(path: &Path, examples: &[Lineage]) -> Result<()> {
+    let schema = Arc::new(Schema::new(vec![
+        Field::new("source", DataType::UInt16, false),
+        Field::new("record", DataType::UInt32, false),
+        Field::new("document", DataType::Utf8, false),
+        Field::new("split", DataType::Utf8, false),
+        Field::new("tokens", DataType::UInt32, false),
+        Field::new("supervised_tokens", DataType::UInt32, false),
+        Field::new("shortened", DataType::Boolean, false),
+    ]));
+    let columns: Vec<ArrayRef> = vec![
+        Arc::new(examples.iter().map(|one| Some(one.source)).collect::<UInt16Array>()),
+        Arc::new(examples.iter().map(|one| Some(one.record)).collect::<UInt32Array>()),
+        Arc::new(examples.iter().map(|one| Some(&one.document)).collect::<StringArray>()),
+        Arc::new(examples.iter().map(|one| Some(one.split.name())).collect::<StringArray>()),
+        Arc::new(examples.iter().map(|one| Some(one.tokens)).collect::<UInt32Array>()),
+        Arc::new(examples.iter().map(|one| Some(one.supervised_tokens)).collect::<UInt32Array>()),
+        Arc::new(examples.iter().map(|one| Some(one.shortened)).collect::<BooleanArray>()),
+    ];
+    let mut writer = writer(path, schema.clone())?;
+    writer.write(&RecordBatch::try_new(schema, columns)?)?;
+    writer.close().with_context(|| format!("cannot write `{}`", path.display()))?;
+    Ok(())
+}
+
+fn read_rows(path: &Path) -> Result<Vec<PackedRow>> {
+    let builder = ParquetRecordBatchReaderBuilder::try_new(File::open(path)?)?;
+    let mut rows = Vec::new();
+    for batch in builder.with_batch_size(ROWS_PER_GROUP).build()? {
+        let batch = batch?;
+        for at in 0..batch.num_rows() {
+            rows.push(row_of(&batch, at).with_context(|| format!("row {} is damaged", rows.len()))?);
+        }
+    }
+    Ok(rows)
+}
+
+/// The list of a column's row, or why there is none.
+fn cell(batch: &RecordBatch, column: &str, row: usize) -> Result<ArrayRef> {
+    let column = batch.column_by_name(column).ok_or_else(|| anyhow!("it has no column `{column}`"))?;
+    let lists = column.as_list_opt::<i32>().ok_or_else(|| anyhow!("a column is no list"))?;
+    Ok(lists.value(row))
+}
+
+fn u32_cell(batch: &RecordBatch, column: &str, row: usize) -> Result<Vec<u32>> {
+    let cell = cell(batch, column, row)?;
+    let values = cell.as_primitive_opt::<UInt32Type>();
+    Ok(values.ok_or_else(|| anyhow!("`{column}` is no list of uint32"))?.values().to_vec())
+}
+
+fn row_of(batch: &RecordBatch, row: usize) -> Result<PackedRow> {
+    let ids = u32_cell(batch, "input_ids", row)?;
+    let mask = cell(batch, "loss_mask", row)?;
+    let mask = mask.as_boolean_opt().ok_or_else(|| anyhow!("`loss_mask` is no list of bool"))?;
+    let lengths = u32_cell(batch, "seq_lengths", row)?;
+    let sources = cell(batch, "seq_sources", row)?;
+    let sources = sources.as_primitive_opt::<UInt16Type>();
+    let sources = sources.ok_or_else(|| anyhow!("`seq_sources` is no list of uint16"))?.values();
+    let examples = u32_cell(batch, "seq_examples", row)?;
+    let total: usize = lengths.iter().map(|length| *length as usize).sum();
+    let agree = total == ids.len()
+        && mask.len() == ids.len()
+        && sources.len() == lengths.len()
+        && examples.len() == lengths.len();
+    if !agree {
+        bail!("its lists disagree in length");
+    }
+    let mut sequences = Vec::with_capacity(lengths.len());
+    let mut start = 0;
+    for (length, source) in lengths.iter().zip(sources) {
+        let end = start + *length as usize;
+        sequences.push(Sequence {
+            input_ids: ids[start..end].to_vec(),
+            loss_mask: mask.slice(start, end - start).values().iter().collect(),
+            source: *source,
+        });
+        start = end;
+    }
+    Ok(PackedRow { sequences, examples })
+}
+
+#[cfg(test)]
+#[expect(clippy::unwrap_used, reason = "a test panics where it fails")]
+mod tests {
+    use super::*;
+    use crate::data::manifest::SplitReport;
+    use crate::recipe::DataSpec;
+
+    fn sequence(ids: &[u32], source: u16) -> Sequence {
+        let loss_mask = ids.iter().map(|id| id % 2 == 1).collect();
+        Sequence { input_ids: ids.to_vec(), loss_mask, source }
+    }
+
+    fn manifest() -> Manifest {
+        Manifest {
+            format_version: FORMAT_VERSION,
+            program: "granite test".to_string(),
+            recipe: DataSpec::default(),
+            model: "somewhere/some-model".to_string(),
+            model_vocab_size: None,
+            tokenizer_vocab_size: 10,
+            tokenizer_hash: "0".repeat(64),
+            sequence_length: 16,
+            sources: Vec::new(),
+            train: SplitReport::default(),
+            validation: SplitReport::default(),
+            inputs: Vec::new(),
+        }
+    }
+
+    fn rows() -> Vec<PackedRow> {
+        // More than one row group, rows of several shapes.
+        (0..ROWS_PER_GROUP as u32 + 3)
+            .map(|row| PackedRow {
+                sequences: (0..=row % 3).map(|at| sequence(&[row, at, 1, 49_154], at as u16)).collect(),
+                examples: (0..=row % 3).map(|at| row * 3 + at).collect(),
+            })
+            .collect()
+    }
+
+    fn lineage() -> Lineage {
+        Lineage {
+            source: 0,
+            record: 1,
+            document: "d".to_string(),
+            split: Split::Train,
+            tokens: 4,
+            supervised_tokens: 2,
+            shortened: false,
+        }
+    }
+
+    #[test]
+    fn what_is_written_is_read() {
+        let folder = tempfile::tempdir().unwrap();
+        let rows = rows();
+        write(folder.path(), &manifest(), [(Split::Train, &rows), (Split::Validation, &[])], &[lineage()])
+            .unwrap();
+        let dataset = Dataset::open(folder.path()).unwrap();
+        assert_eq!(dataset.manifest, manifest());
+        assert_eq!(dataset.rows(Split::Train).unwrap(), rows);
+        assert_eq!(dataset.rows(Split::Validation).unwrap(), []);
+    }
+
+    #[test]
+    fn a_folder_that_is_no_dataset_is_told() {
+        let folder = tempfile::tempdir().unwrap();
+        let text = crate::error::render(&Dataset::open(folder.path()).unwrap_err());
+        assert!(text.contains("no dataset in") && text.contains("hint: run `granite prepare`"), "{text}");
+        fs::write(folder.path().join(MANIFEST), r#"{"format_version": 99}"#).unwrap();
+        let text = crate::error::render(&Dataset::open(folder.path()).unwrap_err());
+        assert!(text.contains("format version is 99, expected 1"), "{text}");
+    }
+
+    #[test]
+    fn a_truncated_file_is_an_error_that_names_it() {
+        let folder = tempfile::tempdir().unwrap();
+        write(folder.path(), &manifest(), [(Split::Train, &rows()), (Split::Validation, &[])], &[]).unwrap();
+        let path = folder.path().join("train.parquet");
+        let bytes = fs::read(&path).unwrap();
+        fs::write(&path, &bytes[..bytes.len() / 2]).unwrap();
+        let error = Dataset::open(folder.path()).unwrap().rows(Split::Train).unwrap_err();
+        assert!(crate::error::render(&error).contains("train.parquet"));
+    }
+}
