@@ -5,7 +5,6 @@
 //! different (seed, micro-batch, module, element) never share a counter, as long as a tensor has at most 2³⁴ elements.
 
 use anyhow::{Result, bail, ensure};
-use half::bf16;
 use rayon::prelude::*;
 use tch::{Device, Kind, Tensor};
 
@@ -52,7 +51,7 @@ pub fn dropout_reference(x: &Tensor, p: f64, key: DropoutKey) -> Result<Tensor> 
     let mask = Mask::new(p, key);
     match x.kind() {
         Kind::Float => apply::<f32>(&on_cpu, &y, mask),
-        _ => apply::<bf16>(&on_cpu, &y, mask),
+        _ => apply::<Bf16>(&on_cpu, &y, mask),
     }
     Ok(y.f_to_device(x.device())?)
 }
@@ -86,7 +85,7 @@ impl Mask {
 
 /// An element type of the twin.
 trait Element: Copy + Send + Sync + Default {
-    /// The element times `scale`, multiplied in f32.
+    /// The element times `scale`, multiplied in f32 and rounded to nearest even.
     fn scaled(self, scale: f32) -> Self;
 }
 
@@ -97,10 +96,20 @@ impl Element for f32 {
     }
 }
 
-impl Element for bf16 {
+/// A bfloat16 as stored: the upper half of an f32. Arithmetic on the bits, unlike that of a library type, turns into
+/// vector instructions.
+#[derive(Debug, Clone, Copy, Default)]
+struct Bf16(u16);
+
+impl Element for Bf16 {
     #[inline(always)]
     fn scaled(self, scale: f32) -> Self {
-        Self::from_f32(self.to_f32() * scale)
+        let product = f32::from_bits(u32::from(self.0) << 16) * scale;
+        let bits = product.to_bits();
+        let half_way = 0x7fff + ((bits >> 16) & 1);
+        let rounded = (bits.wrapping_add(half_way) >> 16) as u16;
+        // The NaN that the GPU's conversion writes.
+        Self(if product.is_nan() { 0x7fff } else { rounded })
     }
 }
 

@@ -14,6 +14,7 @@ pub mod dropout;
 pub mod dynamic_map;
 #[expect(unsafe_code, reason = "tensor memory as slices; each block says why it is sound")]
 pub mod host;
+pub mod images;
 pub mod nf4;
 pub mod philox;
 pub mod rms_norm;
