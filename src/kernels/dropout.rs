@@ -5,9 +5,11 @@
 //! different (seed, micro-batch, module, element) never share a counter, as long as a tensor has at most 2³⁴ elements.
 
 use anyhow::{Result, bail, ensure};
+use cudarc::driver::LaunchConfig;
 use rayon::prelude::*;
 use tch::{Device, Kind, Tensor};
 
+use super::gpu::{Gpu, KernelParams};
 use super::philox::{ROUNDS, philox4x32};
 
 /// Elements a mask can cover: 2³² counters of four words.
@@ -28,13 +30,19 @@ pub struct DropoutKey {
 /// (f32 or bf16, any shape, contiguous). Applied to an output gradient with the same key it is also the backward pass.
 ///
 /// A kept element is `round(x · s)` with `s = 1/(1-p)` rounded to f32, the product in f32 and rounded to nearest even;
-/// a dropped one is `+0`, whatever `x` was. With `p = 0` the result shares the memory of `x`.
+/// a dropped one is `+0`, whatever `x` was; no number is the NaN with all bits but the sign set. With `p = 0` the result shares the memory of `x`.
 /// The result is a plain value: libtorch's autograd does not see through it.
 ///
 /// # Errors
 /// When `x` is not contiguous, of a dtype the kernel lacks or larger than 2³⁴ elements, or `p` is outside `[0, 1)`.
 pub fn dropout(x: &Tensor, p: f64, key: DropoutKey) -> Result<Tensor> {
-    dropout_reference(x, p, key)
+    if p == 0.0 || !x.device().is_cuda() {
+        return dropout_reference(x, p, key);
+    }
+    check(x, p)?;
+    let y = x.f_empty_like()?;
+    launch(x, &y, Mask::new(p, key))?;
+    Ok(y)
 }
 
 /// The twin of [`dropout`]: the same bits on any device, computed on the processor.
@@ -68,7 +76,7 @@ fn check(x: &Tensor, p: f64) -> Result<()> {
 
 /// One mask, ready to apply.
 #[derive(Debug, Clone, Copy)]
-struct Mask {
+pub(super) struct Mask {
     key: DropoutKey,
     /// An element is dropped when its word is below this: `p` in units of 2⁻³².
     threshold: u32,
@@ -77,10 +85,78 @@ struct Mask {
 }
 
 impl Mask {
-    fn new(p: f64, key: DropoutKey) -> Self {
+    /// The mask of `key` with `p` in `[0, 1)`.
+    pub(super) fn new(p: f64, key: DropoutKey) -> Self {
         // p < 1, so the product is below 2³² and the cast truncates nothing but the fraction.
         Self { key, threshold: (p * 4_294_967_296.0) as u32, scale: (1.0 / (1.0 - p)) as f32 }
     }
+}
+
+/// The argument of the kernels in cuda/dropout.cu, field by field as there.
+#[repr(C)]
+#[derive(Debug, Clone, Copy)]
+struct DropoutParams {
+    x: u64,
+    y: u64,
+    elements: u64,
+    seed: u64,
+    microbatch: u64,
+    module: u32,
+    threshold: u32,
+    scale: f32,
+    vectorised: u32,
+}
+
+const _: () = assert!(size_of::<DropoutParams>() == 56, "cuda/dropout.cu asserts the same size");
+
+// SAFETY: `repr(C)`, numbers only, the same fields in the same order as in cuda/dropout.cu.
+unsafe impl KernelParams for DropoutParams {}
+
+/// Threads of a block of the kernels.
+const THREADS: usize = 256;
+
+/// Bytes that a thread of the kernels owns.
+const THREAD_BYTES: usize = 16;
+
+/// Writes the dropped and scaled elements of `x` to `y` on their GPU. `x` has passed [`check`].
+pub(super) fn launch(x: &Tensor, y: &Tensor, mask: Mask) -> Result<()> {
+    ensure!(
+        y.device() == x.device() && y.kind() == x.kind() && y.size() == x.size() && y.is_contiguous(),
+        "dropout writes {:?} {:?} on {:?}, its output is {:?} {:?} on {:?}",
+        x.kind(),
+        x.size(),
+        x.device(),
+        y.kind(),
+        y.size(),
+        y.device()
+    );
+    let elements = x.numel();
+    if elements == 0 {
+        return Ok(());
+    }
+    let gpu = Gpu::of(x)?;
+    let kernel =
+        gpu.kernel("dropout", if x.kind() == Kind::Float { "dropout_f32" } else { "dropout_bf16" })?;
+    let (from, to) = (x.data_ptr() as u64, y.data_ptr() as u64);
+    let params = DropoutParams {
+        x: from,
+        y: to,
+        elements: elements as u64,
+        seed: mask.key.seed,
+        microbatch: mask.key.microbatch,
+        module: mask.key.module,
+        threshold: mask.threshold,
+        scale: mask.scale,
+        vectorised: u32::from((from | to).is_multiple_of(THREAD_BYTES as u64)),
+    };
+    let threads = elements.div_ceil(THREAD_BYTES / x.kind().elt_size_in_bytes());
+    // At most 2³⁴ elements, so at most 2²⁴ blocks.
+    let blocks = threads.div_ceil(THREADS) as u32;
+    let shape =
+        LaunchConfig { grid_dim: (blocks, 1, 1), block_dim: (THREADS as u32, 1, 1), shared_mem_bytes: 0 };
+    // SAFETY: x and y are contiguous, of the kernel's dtype and length, on this GPU (checked above), and y is written by
+    // nobody else; libtorch orders the release of both after this launch.
+    unsafe { gpu.launch(kernel, shape, &params) }
 }
 
 /// An element type of the twin.
@@ -92,7 +168,9 @@ trait Element: Copy + Send + Sync + Default {
 impl Element for f32 {
     #[inline(always)]
     fn scaled(self, scale: f32) -> Self {
-        self * scale
+        let product = self * scale;
+        // A GPU's product that is no number is always this NaN.
+        if product.is_nan() { Self::from_bits(0x7fff_ffff) } else { product }
     }
 }
 
@@ -108,7 +186,7 @@ impl Element for Bf16 {
         let bits = product.to_bits();
         let half_way = 0x7fff + ((bits >> 16) & 1);
         let rounded = (bits.wrapping_add(half_way) >> 16) as u16;
-        // The NaN that the GPU's conversion writes.
+        // The NaN that a GPU's conversion writes.
         Self(if product.is_nan() { 0x7fff } else { rounded })
     }
 }

@@ -2,16 +2,17 @@
 //!
 //! The one place for `unsafe`: memory that tch or the driver lends, and calls into libraries loaded at run time.
 
-#![allow(
-    unsafe_code,
-    reason = "raw tensor memory, kernel launches and foreign libraries live here and nowhere else"
-)]
-
 pub mod attention;
 pub mod cross_entropy;
+#[expect(unsafe_code, reason = "libtorch's CUDA half is loaded at run time")]
 pub mod device;
+#[expect(unsafe_code, reason = "calls into the driver")]
+pub mod driver;
+#[expect(unsafe_code, reason = "tensor memory as slices, a kernel launch")]
 pub mod dropout;
 pub mod dynamic_map;
+#[expect(unsafe_code, reason = "calls into the driver: modules and launches")]
+pub mod gpu;
 #[expect(unsafe_code, reason = "tensor memory as slices; each block says why it is sound")]
 pub mod host;
 pub mod images;
