@@ -1,3 +1,10 @@
 //! Files of models and runs: the only place that names them.
 
 pub mod base;
+pub mod fingerprint;
+pub mod gguf;
+pub mod hub;
+pub mod hugging_face;
+mod mapped;
+pub mod safetensors;
+pub mod tokenizer_files;

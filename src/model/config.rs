@@ -1,6 +1,15 @@
-//! What a model is: dimensions and multipliers.
+//! What a model is: dimensions and multipliers, read from and written to `config.json`.
+//!
+//! Reading is strict: a key that is not known is refused, because a key that is passed over silently
+//! (a scaling of the rotary angles, a window, a multiplier) gives a model that runs and is wrong.
 
+use std::path::Path;
+
+use anyhow::{Context as _, Result, bail, ensure};
 use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value, json};
+
+use crate::error::{HintExt as _, user_error};
 
 use crate::recipe::Projection;
 
@@ -83,4 +92,337 @@ impl ModelConfig {
         }
         names
     }
+}
+
+/// Keys that decide what is computed; all are read below.
+const MEANINGFUL: &[&str] = &[
+    "architectures",
+    "model_type",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "intermediate_size",
+    "vocab_size",
+    "max_position_embeddings",
+    "rope_theta",
+    "rope_parameters",
+    "rope_scaling",
+    "rope_interleaved",
+    "rms_norm_eps",
+    "tie_word_embeddings",
+    "embedding_multiplier",
+    "attention_multiplier",
+    "residual_multiplier",
+    "logits_scaling",
+    "bos_token_id",
+    "eos_token_id",
+    "hidden_act",
+    "attention_bias",
+    "mlp_bias",
+    "sliding_window",
+    "use_sliding_window",
+    "quantization_config",
+];
+
+/// Keys that change nothing in the forward pass of a frozen, dense decoder.
+const IRRELEVANT: &[&str] = &[
+    "_attn_implementation_autoset",
+    "_name_or_path",
+    "attention_dropout",
+    "chunk_size_feed_forward",
+    "dtype",
+    "id2label",
+    "initializer_range",
+    "is_decoder",
+    "is_encoder_decoder",
+    "is_llama_config",
+    "label2id",
+    "output_attentions",
+    "output_hidden_states",
+    "pad_token_id",
+    "pretraining_tp",
+    "problem_type",
+    "return_dict",
+    "torch_dtype",
+    "transformers.js_config",
+    "transformers_version",
+    "unsloth_fixed",
+    "unsloth_version",
+    "use_cache",
+];
+
+/// Larger than any dense decoder's axis; a configuration beyond it is damaged, and products of two stay in an `i64`.
+const LARGEST_AXIS: i64 = 1 << 26;
+
+impl Architecture {
+    /// The class that `config.json` names.
+    pub fn class(self) -> &'static str {
+        match self {
+            Self::Granite => "GraniteForCausalLM",
+            Self::Llama => "LlamaForCausalLM",
+        }
+    }
+
+    fn model_type(self) -> &'static str {
+        match self {
+            Self::Granite => "granite",
+            Self::Llama => "llama",
+        }
+    }
+}
+
+impl ModelConfig {
+    /// Reads a `config.json`; `origin` is its path, for messages. Absent keys take transformers' defaults,
+    /// but the dimensions and Granite's four multipliers must be there.
+    ///
+    /// # Errors
+    /// When a key is unknown, missing, out of range, or asks for what the decoder does not compute.
+    pub fn from_hugging_face(config: &Value, origin: &Path) -> Result<Self> {
+        let keys = Keys::new(config).with_context(|| format!("configuration `{}`", origin.display()))?;
+        let config = keys.read().with_context(|| format!("configuration `{}`", origin.display()))?;
+        config.check().with_context(|| format!("configuration `{}`", origin.display()))?;
+        Ok(config)
+    }
+
+    /// The `config.json` that transformers reads as this model, stored in `dtype` (`bfloat16`).
+    pub fn to_hugging_face(&self, dtype: &str) -> Value {
+        let mut config = json!({
+            "architectures": [self.architecture.class()],
+            "model_type": self.architecture.model_type(),
+            "attention_bias": false,
+            "mlp_bias": false,
+            "hidden_act": "silu",
+            "hidden_size": self.hidden_size,
+            "intermediate_size": self.intermediate_size,
+            "num_hidden_layers": self.num_hidden_layers,
+            "num_attention_heads": self.num_attention_heads,
+            "num_key_value_heads": self.num_key_value_heads,
+            "head_dim": self.head_dim,
+            "vocab_size": self.vocab_size,
+            "max_position_embeddings": self.max_position_embeddings,
+            "rope_theta": self.rope_theta,
+            "rope_scaling": null,
+            "rms_norm_eps": self.rms_norm_eps,
+            "tie_word_embeddings": self.tie_word_embeddings,
+            "bos_token_id": self.bos_token_id,
+            "eos_token_id": one_or_many(&self.eos_token_ids),
+            "torch_dtype": dtype,
+        });
+        if self.architecture == Architecture::Granite {
+            config["embedding_multiplier"] = json!(self.embedding_multiplier);
+            config["attention_multiplier"] = json!(self.attention_multiplier);
+            config["residual_multiplier"] = json!(self.residual_multiplier);
+            config["logits_scaling"] = json!(self.logits_scaling);
+        }
+        config
+    }
+
+    /// Checks that dimensions are positive and divide each other, and that multipliers are usable.
+    ///
+    /// # Errors
+    /// Names the key that is out of range, with its value.
+    pub fn check(&self) -> Result<()> {
+        let axes = [
+            ("hidden_size", self.hidden_size),
+            ("num_hidden_layers", i64::try_from(self.num_hidden_layers).unwrap_or(i64::MAX)),
+            ("num_attention_heads", self.num_attention_heads),
+            ("num_key_value_heads", self.num_key_value_heads),
+            ("head_dim", self.head_dim),
+            ("intermediate_size", self.intermediate_size),
+            ("vocab_size", self.vocab_size),
+            ("max_position_embeddings", self.max_position_embeddings),
+        ];
+        for (name, value) in axes {
+            ensure!((1..=LARGEST_AXIS).contains(&value), "`{name}` is {value}, expected 1 to {LARGEST_AXIS}");
+        }
+        let (heads, kv_heads) = (self.num_attention_heads, self.num_key_value_heads);
+        ensure!(
+            heads % kv_heads == 0,
+            "`num_attention_heads` {heads} is no multiple of `num_key_value_heads` {kv_heads}"
+        );
+        ensure!(self.head_dim % 2 == 0, "`head_dim` {} is odd; rotary angles turn pairs", self.head_dim);
+        let factors = [
+            ("rope_theta", self.rope_theta),
+            ("rms_norm_eps", self.rms_norm_eps),
+            ("embedding_multiplier", self.embedding_multiplier),
+            ("attention_multiplier", self.attention_multiplier),
+            ("residual_multiplier", self.residual_multiplier),
+            ("logits_scaling", self.logits_scaling),
+        ];
+        for (name, value) in factors {
+            ensure!(value.is_finite() && value > 0.0, "`{name}` is {value}, expected a positive number");
+        }
+        Ok(())
+    }
+}
+
+/// One id as a number, several as a list, none as null: as transformers writes them.
+fn one_or_many(ids: &[u32]) -> Value {
+    match ids {
+        [] => Value::Null,
+        [id] => json!(id),
+        ids => json!(ids),
+    }
+}
+
+/// The keys of a `config.json`, all of them known.
+struct Keys<'a> {
+    map: &'a Map<String, Value>,
+}
+
+impl<'a> Keys<'a> {
+    fn new(config: &'a Value) -> Result<Self> {
+        let map = config.as_object().context("expected a JSON object")?;
+        for key in map.keys().map(String::as_str) {
+            if !MEANINGFUL.contains(&key) && !IRRELEVANT.contains(&key) {
+                return Err(user_error(
+                    format!("unknown key `{key}`: it may change what the model computes"),
+                    "use a dense Granite 3.x or Llama model; if the key is harmless, take it out of a copy of the file",
+                ));
+            }
+        }
+        Ok(Self { map })
+    }
+
+    fn read(&self) -> Result<ModelConfig> {
+        let architecture = self.architecture()?;
+        self.refuse_variants()?;
+        let hidden_size = self.required("hidden_size")?;
+        let num_attention_heads = self.required("num_attention_heads")?;
+        let head_dim = match self.optional("head_dim")? {
+            Some(head_dim) => head_dim,
+            None => self.split_heads(hidden_size, num_attention_heads)?,
+        };
+        let multiplier = |key: &'static str, of_llama: f64| match architecture {
+            Architecture::Granite => self
+                .required(key)
+                .hint("Granite needs all four multipliers; take the model's own `config.json`"),
+            Architecture::Llama => self.only_granite(key).map(|()| of_llama),
+        };
+        Ok(ModelConfig {
+            architecture,
+            hidden_size,
+            num_hidden_layers: self.required("num_hidden_layers")?,
+            num_attention_heads,
+            num_key_value_heads: self.optional("num_key_value_heads")?.unwrap_or(num_attention_heads),
+            head_dim,
+            intermediate_size: self.required("intermediate_size")?,
+            vocab_size: self.required("vocab_size")?,
+            max_position_embeddings: self.optional("max_position_embeddings")?.unwrap_or(2048),
+            rope_theta: self.rope_theta()?,
+            rms_norm_eps: self.optional("rms_norm_eps")?.unwrap_or(1e-6),
+            tie_word_embeddings: self.optional("tie_word_embeddings")?.unwrap_or(false),
+            embedding_multiplier: multiplier("embedding_multiplier", 1.0)?,
+            attention_multiplier: multiplier("attention_multiplier", 1.0 / (head_dim as f64).sqrt())?,
+            residual_multiplier: multiplier("residual_multiplier", 1.0)?,
+            logits_scaling: multiplier("logits_scaling", 1.0)?,
+            bos_token_id: self.optional("bos_token_id")?,
+            eos_token_ids: self.eos_token_ids()?,
+        })
+    }
+
+    fn architecture(&self) -> Result<Architecture> {
+        let classes: Option<Vec<String>> = self.optional("architectures")?;
+        let class = classes.and_then(|classes| classes.into_iter().next());
+        let model_type: Option<String> = self.optional("model_type")?;
+        for known in [Architecture::Granite, Architecture::Llama] {
+            if class.as_deref() == Some(known.class())
+                || (class.is_none() && model_type.as_deref() == Some(known.model_type()))
+            {
+                return Ok(known);
+            }
+        }
+        let found = class.or(model_type).unwrap_or_else(|| "none".to_string());
+        Err(user_error(
+            format!(
+                "architecture `{found}` is not supported, expected `GraniteForCausalLM` or `LlamaForCausalLM`"
+            ),
+            "use a dense Granite 3.x or Llama model",
+        ))
+    }
+
+    /// Refuses what transformers computes and this decoder does not.
+    fn refuse_variants(&self) -> Result<()> {
+        let activation: Option<String> = self.optional("hidden_act")?;
+        if let Some(activation) =
+            activation.filter(|activation| !matches!(activation.as_str(), "silu" | "swish"))
+        {
+            bail!("`hidden_act` is `{activation}`, only `silu` is supported");
+        }
+        for key in ["attention_bias", "mlp_bias", "rope_interleaved", "use_sliding_window"] {
+            ensure!(!self.optional::<bool>(key)?.unwrap_or(false), "`{key}` is true, which is not supported");
+        }
+        if let Some(window) = self.present("sliding_window") {
+            // Written by some exporters beside `use_sliding_window = false`, where it has no effect.
+            ensure!(
+                self.map.contains_key("use_sliding_window"),
+                "`sliding_window` is {window}, which is not supported"
+            );
+        }
+        if self.present("quantization_config").is_some() {
+            return Err(user_error(
+                "the checkpoint is quantised already (`quantization_config`)",
+                "give the 16-bit model; it is quantised to NF4 while loading",
+            ));
+        }
+        Ok(())
+    }
+
+    fn split_heads(&self, hidden_size: i64, heads: i64) -> Result<i64> {
+        ensure!(
+            heads > 0 && hidden_size % heads == 0,
+            "`hidden_size` {hidden_size} is no multiple of `num_attention_heads` {heads}"
+        );
+        Ok(hidden_size / heads)
+    }
+
+    /// A Llama configuration that carries one of Granite's multipliers is neither.
+    fn only_granite(&self, key: &str) -> Result<()> {
+        ensure!(self.present(key).is_none(), "`{key}` belongs to Granite, but the architecture is Llama");
+        Ok(())
+    }
+
+    /// `rope_theta` lies at the top, or in `rope_parameters` since transformers 5.
+    fn rope_theta(&self) -> Result<f64> {
+        let mut theta = self.optional("rope_theta")?;
+        for key in ["rope_scaling", "rope_parameters"] {
+            let Some(rope) = self.present(key) else { continue };
+            let rope = rope.as_object().with_context(|| format!("`{key}` is {rope}, expected an object"))?;
+            for (name, value) in rope {
+                match (name.as_str(), value) {
+                    ("rope_type" | "type", Value::String(kind)) if kind == "default" => {}
+                    ("rope_theta", value) => theta = Some(parse(value, "rope_theta")?),
+                    _ => bail!("`{key}` has `{name}` = {value}: scaled rotary angles are not supported"),
+                }
+            }
+        }
+        Ok(theta.unwrap_or(10_000.0))
+    }
+
+    fn eos_token_ids(&self) -> Result<Vec<u32>> {
+        match self.present("eos_token_id") {
+            None => Ok(Vec::new()),
+            Some(ids @ Value::Array(_)) => parse(ids, "eos_token_id"),
+            Some(id) => Ok(vec![parse(id, "eos_token_id")?]),
+        }
+    }
+
+    /// The value of a key, unless absent or null.
+    fn present(&self, key: &str) -> Option<&'a Value> {
+        self.map.get(key).filter(|value| !value.is_null())
+    }
+
+    fn optional<T: serde::de::DeserializeOwned>(&self, key: &str) -> Result<Option<T>> {
+        self.present(key).map(|value| parse(value, key)).transpose()
+    }
+
+    fn required<T: serde::de::DeserializeOwned>(&self, key: &str) -> Result<T> {
+        self.optional(key)?.with_context(|| format!("missing key `{key}`"))
+    }
+}
+
+fn parse<T: serde::de::DeserializeOwned>(value: &Value, key: &str) -> Result<T> {
+    T::deserialize(value).with_context(|| format!("`{key}` is {value}"))
 }
