@@ -201,6 +201,10 @@ pub struct DoctorArgs {
     #[arg(long)]
     pub kernels: bool,
 
+    /// The folder of bitsandbytes' libraries, when they lie neither beside the program nor beside libtorch.
+    #[arg(long, value_name = "FOLDER", env = "GRANITE_BITSANDBYTES")]
+    pub bitsandbytes: Option<PathBuf>,
+
     /// Print the findings as JSON.
     #[arg(long)]
     pub json: bool,

@@ -6,10 +6,12 @@
 
 use anyhow::{Result, bail, ensure};
 use cudarc::driver::LaunchConfig;
+use half::bf16;
 use rayon::prelude::*;
 use tch::{Device, Kind, Tensor};
 
 use super::gpu::{Gpu, KernelParams};
+use super::host::{self, Element};
 use super::philox::{ROUNDS, philox4x32};
 
 /// Elements a mask can cover: 2³² counters of four words.
@@ -55,12 +57,11 @@ pub fn dropout_reference(x: &Tensor, p: f64, key: DropoutKey) -> Result<Tensor> 
         return Ok(x.shallow_clone());
     }
     let on_cpu = x.f_to_device(Device::Cpu)?;
-    let y = on_cpu.f_empty_like()?;
     let mask = Mask::new(p, key);
-    match x.kind() {
-        Kind::Float => apply::<f32>(&on_cpu, &y, mask),
-        _ => apply::<Bf16>(&on_cpu, &y, mask),
-    }
+    let y = match x.kind() {
+        Kind::Float => apply::<f32>(&on_cpu, mask)?,
+        _ => apply::<bf16>(&on_cpu, mask)?,
+    };
     Ok(y.f_to_device(x.device())?)
 }
 
@@ -160,12 +161,17 @@ pub(super) fn launch(x: &Tensor, y: &Tensor, mask: Mask) -> Result<()> {
 }
 
 /// An element type of the twin.
-trait Element: Copy + Send + Sync + Default {
+trait Scale: Element {
+    /// What a dropped element becomes.
+    const DROPPED: Self;
+
     /// The element times `scale`, multiplied in f32 and rounded to nearest even.
     fn scaled(self, scale: f32) -> Self;
 }
 
-impl Element for f32 {
+impl Scale for f32 {
+    const DROPPED: Self = 0.0;
+
     #[inline(always)]
     fn scaled(self, scale: f32) -> Self {
         let product = self * scale;
@@ -174,20 +180,18 @@ impl Element for f32 {
     }
 }
 
-/// A bfloat16 as stored: the upper half of an f32. Arithmetic on the bits, unlike that of a library type, turns into
-/// vector instructions.
-#[derive(Debug, Clone, Copy, Default)]
-struct Bf16(u16);
+impl Scale for bf16 {
+    const DROPPED: Self = Self::ZERO;
 
-impl Element for Bf16 {
+    /// On the bits, which unlike the library's conversions turns into vector instructions.
     #[inline(always)]
     fn scaled(self, scale: f32) -> Self {
-        let product = f32::from_bits(u32::from(self.0) << 16) * scale;
+        let product = f32::from_bits(u32::from(self.to_bits()) << 16) * scale;
         let bits = product.to_bits();
         let half_way = 0x7fff + ((bits >> 16) & 1);
         let rounded = (bits.wrapping_add(half_way) >> 16) as u16;
         // The NaN that a GPU's conversion writes.
-        Self(if product.is_nan() { 0x7fff } else { rounded })
+        Self::from_bits(if product.is_nan() { 0x7fff } else { rounded })
     }
 }
 
@@ -200,28 +204,19 @@ const GROUP: usize = 4 * LANES;
 /// Elements of a task: large enough that handing it to a thread is free, small enough that threads finish together.
 const TASK: usize = 512 * GROUP;
 
-/// Writes the dropped and scaled elements of `x` to `y`.
-fn apply<T: Element>(x: &Tensor, y: &Tensor, mask: Mask) {
-    // An empty tensor may have no memory at all, and a slice must not begin at null.
-    if x.numel() == 0 {
-        return;
-    }
-    // SAFETY: both tensors are contiguous, on the CPU, hold `numel` elements of T's dtype (checked by the caller), and
-    // live until the end of this function; `y` was allocated by the caller and is seen by nobody else.
-    let (x, y) = unsafe {
-        (
-            std::slice::from_raw_parts(x.data_ptr().cast::<T>(), x.numel()),
-            std::slice::from_raw_parts_mut(y.data_ptr().cast::<T>(), y.numel()),
-        )
-    };
-    x.par_chunks(TASK).zip(y.par_chunks_mut(TASK)).enumerate().for_each(|(task, (x, y))| {
-        // At most 2³⁴ elements, so a counter fits 32 bits.
-        task_on_best(x, y, (task * (TASK / 4)) as u32, mask);
-    });
+/// The dropped and scaled elements of a contiguous CPU tensor.
+fn apply<T: Scale>(x: &Tensor, mask: Mask) -> Result<Tensor> {
+    let elements = host::slice::<T>(x)?;
+    Ok(host::filled(&x.size(), |y: &mut [T]| {
+        elements.par_chunks(TASK).zip(y.par_chunks_mut(TASK)).enumerate().for_each(|(task, (x, y))| {
+            // At most 2³⁴ elements, so a counter fits 32 bits.
+            task_on_best(x, y, (task * (TASK / 4)) as u32, mask);
+        });
+    }))
 }
 
 /// Runs [`apply_task`] with the widest vectors this processor has.
-fn task_on_best<T: Element>(x: &[T], y: &mut [T], first_counter: u32, mask: Mask) {
+fn task_on_best<T: Scale>(x: &[T], y: &mut [T], first_counter: u32, mask: Mask) {
     #[cfg(target_arch = "x86_64")]
     if std::is_x86_feature_detected!("avx2") {
         // SAFETY: the processor has AVX2, as just asked.
@@ -232,16 +227,16 @@ fn task_on_best<T: Element>(x: &[T], y: &mut [T], first_counter: u32, mask: Mask
 
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2")]
-fn apply_task_avx2<T: Element>(x: &[T], y: &mut [T], first_counter: u32, mask: Mask) {
+fn apply_task_avx2<T: Scale>(x: &[T], y: &mut [T], first_counter: u32, mask: Mask) {
     apply_task(x, y, first_counter, mask);
 }
 
 #[inline(always)]
-fn apply_task<T: Element>(x: &[T], y: &mut [T], first_counter: u32, mask: Mask) {
+fn apply_task<T: Scale>(x: &[T], y: &mut [T], first_counter: u32, mask: Mask) {
     for (group, (x, y)) in x.chunks(GROUP).zip(y.chunks_mut(GROUP)).enumerate() {
         let words = group_words(first_counter.wrapping_add((group * LANES) as u32), mask.key);
         for ((y, &x), &word) in y.iter_mut().zip(x).zip(&words) {
-            *y = if word < mask.threshold { T::default() } else { x.scaled(mask.scale) };
+            *y = if word < mask.threshold { T::DROPPED } else { x.scaled(mask.scale) };
         }
     }
 }

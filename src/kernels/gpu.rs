@@ -64,8 +64,11 @@ impl Gpu {
         }
     }
 
-    /// The GPU of this number. [`device::open`](super::device::open) has found a driver before any tensor can be there.
-    fn at(index: usize) -> Result<Arc<Self>> {
+    /// The GPU of this number; [`device::cuda`](super::device::cuda) must have found one before.
+    ///
+    /// # Errors
+    /// When the driver fails.
+    pub fn at(index: usize) -> Result<Arc<Self>> {
         let mut gpus = GPUS.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(gpu) = gpus.get(&index) {
             return Ok(gpu.clone());
@@ -84,6 +87,14 @@ impl Gpu {
     /// Compute capability.
     pub fn capability(&self) -> Capability {
         self.capability
+    }
+
+    /// Bytes of memory, free and in all.
+    ///
+    /// # Errors
+    /// When the driver fails.
+    pub fn memory(&self) -> Result<(usize, usize)> {
+        self.context.mem_get_info().map_err(driver_error)
     }
 
     /// The kernel `name` of `cuda/<family>.cu`, loaded at its first use.

@@ -72,8 +72,8 @@ pub fn families() -> Vec<&'static str> {
     families
 }
 
-/// Names of all kernels, and of the targets they are compiled for.
-pub fn inventory() -> (Vec<&'static str>, Vec<&'static str>) {
+/// Kernels × architectures: `2 kernels × 4 architectures (sm_80 sm_86 sm_89 sm_90a) and PTX for compute_90: …`.
+pub fn inventory() -> String {
     let mut kernels: Vec<&str> =
         IMAGES.iter().flat_map(|image| image.kernels).map(|kernel| kernel.name).collect();
     let mut targets: Vec<&str> = IMAGES.iter().map(|image| image.target).collect();
@@ -81,7 +81,16 @@ pub fn inventory() -> (Vec<&'static str>, Vec<&'static str>) {
         names.sort_unstable();
         names.dedup();
     }
-    (kernels, targets)
+    let (ptx, architectures): (Vec<&str>, Vec<&str>) =
+        targets.iter().partition(|target| target.starts_with("compute_"));
+    format!(
+        "{} kernels × {} architectures ({}) and PTX for {}: {}",
+        kernels.len(),
+        architectures.len(),
+        architectures.join(" "),
+        ptx.join(" "),
+        kernels.join(" ")
+    )
 }
 
 #[cfg(test)]

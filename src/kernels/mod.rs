@@ -3,12 +3,15 @@
 //! The one place for `unsafe`: memory that tch or the driver lends, and calls into libraries loaded at run time.
 
 pub mod attention;
+#[expect(unsafe_code, reason = "calls into a foreign library on tensor memory")]
+pub mod bitsandbytes;
+pub mod check;
 pub mod cross_entropy;
 #[expect(unsafe_code, reason = "libtorch's CUDA half is loaded at run time")]
 pub mod device;
 #[expect(unsafe_code, reason = "calls into the driver")]
 pub mod driver;
-#[expect(unsafe_code, reason = "tensor memory as slices, a kernel launch")]
+#[expect(unsafe_code, reason = "a kernel launch, a function compiled for AVX2")]
 pub mod dropout;
 pub mod dynamic_map;
 #[expect(unsafe_code, reason = "calls into the driver: modules and launches")]
@@ -16,6 +19,7 @@ pub mod gpu;
 #[expect(unsafe_code, reason = "tensor memory as slices; each block says why it is sound")]
 pub mod host;
 pub mod images;
+pub mod libtorch;
 pub mod nf4;
 pub mod philox;
 pub mod rms_norm;
