@@ -6,6 +6,7 @@ use anyhow::{Context as _, Result};
 
 use super::gguf::GgufFile;
 use super::hugging_face::{self, FolderTensors};
+use super::nf4_cache::Nf4Cache;
 use super::{hub, tokenizer_files};
 use crate::data::tokenizer::TokenizerFiles;
 use crate::error::user_error;
@@ -22,7 +23,7 @@ pub struct BaseModel {
     pub tokenizer: TokenizerFiles,
     /// SHA-256 that names the content of the weights (names, shapes, sizes and sampled bytes), in hex.
     pub hash: String,
-    /// Its tensors; NF4 ones come from the cache when there is one.
+    /// Its tensors; quantised ones come from a cache after [`with_nf4_cache`](Self::with_nf4_cache).
     pub tensors: Box<dyn TensorSource>,
 }
 
@@ -46,6 +47,13 @@ impl BaseModel {
             Place::File(file) => Self::open_gguf(file),
             Place::Hub => Self::open_folder(hub::download(reference, hub::Wanted::Everything)?),
         }
+    }
+
+    /// Keeps the quantised weights in `folder` (a folder of the model's own within it), and takes them from there
+    /// when they are there and whole.
+    pub fn with_nf4_cache(mut self, folder: &Path) -> Self {
+        self.tensors = Box::new(Nf4Cache::new(self.tensors, &self.config, &self.hash, folder));
+        self
     }
 
     fn open_folder(folder: PathBuf) -> Result<Self> {

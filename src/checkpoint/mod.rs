@@ -6,5 +6,7 @@ pub mod gguf;
 pub mod hub;
 pub mod hugging_face;
 mod mapped;
+pub mod nf4_cache;
+pub mod open;
 pub mod safetensors;
 pub mod tokenizer_files;

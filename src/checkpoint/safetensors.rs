@@ -17,7 +17,6 @@ use crate::error::user_error;
 pub struct MappedTensors {
     file: Mapped,
     entries: BTreeMap<String, Entry>,
-    metadata: BTreeMap<String, String>,
 }
 
 #[derive(Debug)]
@@ -48,8 +47,7 @@ impl MappedTensors {
             })
             .collect::<Result<_>>()
             .with_context(|| format!("`{}` has a shape beyond all measure", path.display()))?;
-        let metadata = metadata.metadata().clone().unwrap_or_default().into_iter().collect();
-        Ok(Self { file, entries, metadata })
+        Ok(Self { file, entries })
     }
 
     /// The file's path.
@@ -57,9 +55,9 @@ impl MappedTensors {
         self.file.path()
     }
 
-    /// The free text of the header.
-    pub fn metadata(&self) -> &BTreeMap<String, String> {
-        &self.metadata
+    /// The whole file.
+    pub fn bytes(&self) -> &[u8] {
+        self.file.bytes()
     }
 
     /// Names in order.

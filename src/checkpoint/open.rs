@@ -1,0 +1,132 @@
+//! Opening a model for use: what `eval`, `merge` and `serve` run.
+
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
+
+use anyhow::{Context as _, Result};
+use tch::Device;
+
+use super::base::BaseModel;
+use super::nf4_cache;
+use crate::error::user_error;
+use crate::model::decoder::{Decoder, LoadOptions};
+use crate::recipe::{Quantization, Recipe};
+
+/// The file that tells an adapter's folder from a model's.
+const ADAPTER_CONFIG: &str = "adapter_config.json";
+
+/// The folder of a run that `granite merge` writes.
+pub const MERGED: &str = "merged";
+
+/// Which model of a run.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum ModelChoice {
+    /// The recipe's base model, without adapter.
+    Base,
+    /// The base model with an adapter: of this folder, or of the run's newest checkpoint.
+    Adapter(Option<PathBuf>),
+    /// The run's merged model.
+    Merged,
+    /// A Hugging Face folder, or the folder of a PEFT adapter for the recipe's base model.
+    Folder(PathBuf),
+}
+
+impl FromStr for ModelChoice {
+    type Err = std::convert::Infallible;
+
+    /// `base`, `adapter`, `merged`, or a folder. A folder of one of these names is written `./base`.
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        Ok(match text {
+            "base" => Self::Base,
+            "adapter" => Self::Adapter(None),
+            "merged" => Self::Merged,
+            folder => Self::Folder(PathBuf::from(folder)),
+        })
+    }
+}
+
+/// A model, loaded.
+#[derive(Debug)]
+pub struct OpenModel {
+    /// The weights, with the adapter attached where one was asked for.
+    pub decoder: Decoder,
+    /// Where they come from, with the tokenizer.
+    pub base: BaseModel,
+    /// How to call it in reports: `base`, `adapter step-000500`, `merged`, or the folder.
+    pub label: String,
+}
+
+/// Opens the model that `which` names. The base model is held as the recipe says (NF4 through the cache); a
+/// merged model or another folder is held as stored.
+///
+/// # Errors
+/// When there is no such model, or one of its files is missing or damaged.
+pub fn open(recipe: &Recipe, which: &ModelChoice, run_folder: &Path, device: Device) -> Result<OpenModel> {
+    match which {
+        ModelChoice::Base => open_base(recipe, device),
+        ModelChoice::Adapter(None) => open_adapter(recipe, &newest_checkpoint(run_folder)?, device),
+        ModelChoice::Adapter(Some(folder)) => open_adapter(recipe, folder, device),
+        ModelChoice::Merged => open_merged(run_folder, device),
+        ModelChoice::Folder(folder) if folder.join(ADAPTER_CONFIG).exists() => {
+            open_adapter(recipe, folder, device)
+        }
+        ModelChoice::Folder(folder) => open_stored(folder, folder.display().to_string(), device),
+    }
+}
+
+/// The newest checkpoint of a run: the folder `step-N` with the largest `N` that holds an adapter.
+///
+/// # Errors
+/// When there is none.
+pub fn newest_checkpoint(run_folder: &Path) -> Result<PathBuf> {
+    let none = || {
+        user_error(
+            format!("run folder `{}` holds no checkpoint", run_folder.display()),
+            "train first, or name an adapter's folder with `--model FOLDER`",
+        )
+    };
+    let entries = std::fs::read_dir(run_folder).map_err(|_| none())?;
+    let mut newest = None;
+    for entry in entries {
+        let path = entry.with_context(|| format!("cannot read folder `{}`", run_folder.display()))?.path();
+        newest = newest.max(step_of(&path).map(|step| (step, path)));
+    }
+    newest.map(|(_, path)| path).ok_or_else(none)
+}
+
+fn step_of(folder: &Path) -> Option<u64> {
+    let step = folder.file_name()?.to_str()?.strip_prefix("step-")?.parse().ok()?;
+    folder.join(ADAPTER_CONFIG).exists().then_some(step)
+}
+
+fn open_base(recipe: &Recipe, device: Device) -> Result<OpenModel> {
+    let base = BaseModel::open(&recipe.model.base)?.with_nf4_cache(Path::new(nf4_cache::DEFAULT_FOLDER));
+    load(base, recipe.model.quantization, "base".to_string(), device)
+}
+
+fn open_adapter(recipe: &Recipe, folder: &Path, device: Device) -> Result<OpenModel> {
+    let _ = (recipe, folder, device);
+    anyhow::bail!("adapters are not read yet")
+}
+
+fn open_merged(run_folder: &Path, device: Device) -> Result<OpenModel> {
+    let folder = run_folder.join(MERGED);
+    if !folder.is_dir() {
+        return Err(user_error(
+            format!("there is no merged model `{}`", folder.display()),
+            "run `granite merge` first",
+        ));
+    }
+    open_stored(&folder, MERGED.to_string(), device)
+}
+
+fn open_stored(folder: &Path, label: String, device: Device) -> Result<OpenModel> {
+    let reference = folder.to_str().with_context(|| format!("path `{}` is not UTF-8", folder.display()))?;
+    load(BaseModel::open(reference)?, Quantization::None, label, device)
+}
+
+fn load(base: BaseModel, quantization: Quantization, label: String, device: Device) -> Result<OpenModel> {
+    let decoder = Decoder::load(base.tensors.as_ref(), &base.config, &LoadOptions { quantization, device })
+        .with_context(|| format!("cannot load model `{}`", base.path.display()))?;
+    Ok(OpenModel { decoder, base, label })
+}
