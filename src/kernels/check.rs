@@ -5,7 +5,7 @@
 
 use std::time::Instant;
 
-use anyhow::{Result, ensure};
+use anyhow::{Result, bail, ensure};
 use tch::{Cuda, Device, Kind, Tensor};
 
 use super::bitsandbytes::CudaLibrary;
@@ -88,17 +88,28 @@ fn dropout_case(
 
     let wanted = poison.copy();
     wanted.narrow(0, GUARD + to, elements).copy_(&dropout_reference(&x, p, key)?);
-    let (wanted, found) = (bits(&wanted), bits(&buffer.f_to_device(Device::Cpu)?));
-    let different = wanted.not_equal_tensor(&found).nonzero();
-    let Ok(first) = different.f_int64_value(&[0, 0]) else { return Ok(()) };
-    anyhow::bail!(
-        "{elements} elements, x at {from}, y at {to}, p = {p}: {} differ, the first is element {} with bits {:#x}, the \
-         twin's are {:#x}",
-        different.size()[0],
-        first - GUARD - to,
-        found.int64_value(&[first]),
-        wanted.int64_value(&[first])
-    )
+    match first_difference(&wanted, &buffer.f_to_device(Device::Cpu)?) {
+        None => Ok(()),
+        Some(difference) => bail!(
+            "{elements} elements, x at {from}, y at {to}, p = {p}, output from element {} on: {difference}",
+            GUARD + to
+        ),
+    }
+}
+
+/// Where two tensors of one shape on the CPU differ in their bits, in words; `None` where they do not.
+fn first_difference(wanted: &Tensor, found: &Tensor) -> Option<String> {
+    let (wanted, found) = (bits(wanted).view([-1]), bits(found).view([-1]));
+    let different = wanted.not_equal_tensor(&found).nonzero(); // [different, 1] i64
+    let count = different.size()[0];
+    if count == 0 {
+        return None;
+    }
+    let first = different.int64_value(&[0, 0]);
+    let (wanted, found) = (wanted.int64_value(&[first]), found.int64_value(&[first]));
+    Some(format!(
+        "{count} differ, the first is element {first} with bits {found:#x}, the twin's are {wanted:#x}"
+    ))
 }
 
 /// Any bits at all: subnormal numbers, infinities and NaN among them. On the CPU.
@@ -147,13 +158,16 @@ fn nf4_across_devices(device: Device) -> Result<Outcome> {
         let weight = Nf4Weight::quantize(&Tensor::randn(shape, (Kind::Float, Device::Cpu)))?;
         for kind in [Kind::Float, Kind::BFloat16] {
             let found = weight.to_device(device).dequantize(kind).f_to_device(Device::Cpu)?;
-            ensure!(bits(&found).equal(&bits(&weight.dequantize(kind))), "{shape:?} {kind:?}: bits differ");
+            let difference = first_difference(&weight.dequantize(kind), &found);
+            ensure!(difference.is_none(), "{shape:?} {kind:?}: {}", difference.unwrap_or_default());
             cases += 1;
         }
     }
     Ok(Outcome { cases, bandwidth: None })
 }
 
+/// Their quantisation on the GPU against ours on the processor, and both dequantisations on the GPU.
+///
 /// Codes must agree but where a weight lies on the boundary of two levels as nearly as f32 division can tell; the weights
 /// made from the same codes and scales must agree bit for bit.
 fn nf4_as_bitsandbytes(device: Device, library: &CudaLibrary) -> Result<Outcome> {
@@ -166,9 +180,14 @@ fn nf4_as_bitsandbytes(device: Device, library: &CudaLibrary) -> Result<Outcome>
         ensure!(beyond == 0, "{shape:?}: {beyond} codes differ from ours and lie on no boundary");
         for kind in [Kind::Float, Kind::BFloat16] {
             let theirs = library.dequantize_nf4(&ours.packed, &ours.scales(), shape, kind)?;
-            ensure!(bits(&theirs).equal(&bits(&ours.dequantize(kind))), "{shape:?} {kind:?}: bits differ");
-            cases += 2;
+            let difference = first_difference(
+                &theirs.to_device(Device::Cpu),
+                &ours.dequantize(kind).to_device(Device::Cpu),
+            );
+            ensure!(difference.is_none(), "{shape:?} {kind:?}: {}", difference.unwrap_or_default());
+            cases += 1;
         }
+        cases += 1;
     }
     Ok(Outcome { cases, bandwidth: None })
 }
@@ -197,4 +216,45 @@ fn unpacked(packed: &Tensor) -> Tensor {
     let packed = packed.to_kind(Kind::Int64);
     let (high, low) = (packed.bitwise_right_shift_tensor_scalar(4), packed.bitwise_and(15));
     Tensor::stack(&[high, low], 1).view([-1])
+}
+
+#[cfg(test)]
+#[expect(clippy::unwrap_used, reason = "a test stops at the first surprise")]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_changed_bit_is_found() {
+        for kind in [Kind::Float, Kind::BFloat16] {
+            let wanted = random_bits(kind, 1000);
+            assert_eq!(first_difference(&wanted, &wanted.copy()), None);
+            let found = wanted.copy();
+            let _ = bits(&found).get(617).bitwise_xor_(1);
+            assert!(
+                first_difference(&wanted, &found).unwrap().starts_with("1 differ, the first is element 617 ")
+            );
+        }
+        // Zeros of both signs are equal as numbers, not as bits.
+        let zeros = Tensor::from_slice(&[0.0f32, 0.0]);
+        assert!(first_difference(&zeros, &zeros.neg()).is_some());
+    }
+
+    #[test]
+    fn random_bits_reach_the_corners() {
+        let x = random_bits(Kind::BFloat16, 1 << 20);
+        let count = |mask: Tensor| mask.sum(Kind::Int64).int64_value(&[]);
+        assert!(count(x.isnan()) > 0 && count(x.isinf()) > 0 && count(x.signbit()) > 0);
+        assert!(count(x.abs().lt(1e-38).logical_and(&x.not_equal(0.0))) > 0, "subnormal numbers");
+    }
+
+    #[test]
+    fn a_wrong_code_is_found() {
+        let weight = Tensor::randn([4, 64], (Kind::Float, Device::Cpu));
+        let ours = Nf4Weight::quantize(&weight).unwrap();
+        let scales = weight.abs().amax([1i64].as_slice(), false);
+        assert_eq!(codes_beyond_boundary(&weight, &scales, &ours.packed, &ours.packed, 0.0), 0);
+        let wrong = ours.packed.copy();
+        let _ = wrong.get(3).bitwise_xor_(0x31);
+        assert_eq!(codes_beyond_boundary(&weight, &scales, &ours.packed, &wrong, 1e-3), 2);
+    }
 }
