@@ -1,5 +1,6 @@
 //! Files of models and runs: the only place that names them.
 
+pub mod adapter;
 pub mod base;
 pub mod fingerprint;
 pub mod gguf;
@@ -10,3 +11,4 @@ pub mod nf4_cache;
 pub mod open;
 pub mod safetensors;
 pub mod tokenizer_files;
+pub mod tensor_file;
