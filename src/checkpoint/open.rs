@@ -7,13 +7,10 @@ use anyhow::{Context as _, Result};
 use tch::Device;
 
 use super::base::BaseModel;
-use super::nf4_cache;
+use super::{adapter, nf4_cache};
 use crate::error::user_error;
 use crate::model::decoder::{Decoder, LoadOptions};
 use crate::recipe::{Quantization, Recipe};
-
-/// The file that tells an adapter's folder from a model's.
-const ADAPTER_CONFIG: &str = "adapter_config.json";
 
 /// The folder of a run that `granite merge` writes.
 pub const MERGED: &str = "merged";
@@ -67,7 +64,7 @@ pub fn open(recipe: &Recipe, which: &ModelChoice, run_folder: &Path, device: Dev
         ModelChoice::Adapter(None) => open_adapter(recipe, &newest_checkpoint(run_folder)?, device),
         ModelChoice::Adapter(Some(folder)) => open_adapter(recipe, folder, device),
         ModelChoice::Merged => open_merged(run_folder, device),
-        ModelChoice::Folder(folder) if folder.join(ADAPTER_CONFIG).exists() => {
+        ModelChoice::Folder(folder) if folder.join(adapter::CONFIG_FILE).exists() => {
             open_adapter(recipe, folder, device)
         }
         ModelChoice::Folder(folder) => open_stored(folder, folder.display().to_string(), device),
@@ -96,7 +93,7 @@ pub fn newest_checkpoint(run_folder: &Path) -> Result<PathBuf> {
 
 fn step_of(folder: &Path) -> Option<u64> {
     let step = folder.file_name()?.to_str()?.strip_prefix("step-")?.parse().ok()?;
-    folder.join(ADAPTER_CONFIG).exists().then_some(step)
+    folder.join(adapter::CONFIG_FILE).exists().then_some(step)
 }
 
 fn open_base(recipe: &Recipe, device: Device) -> Result<OpenModel> {
@@ -105,8 +102,13 @@ fn open_base(recipe: &Recipe, device: Device) -> Result<OpenModel> {
 }
 
 fn open_adapter(recipe: &Recipe, folder: &Path, device: Device) -> Result<OpenModel> {
-    let _ = (recipe, folder, device);
-    anyhow::bail!("adapters are not read yet")
+    // Read first: a damaged adapter is told before minutes are spent on the base model.
+    let adapter = adapter::load(folder)?;
+    let mut model = open_base(recipe, device)?;
+    adapter.apply(&mut model.decoder)?;
+    let name = folder.file_name().map_or_else(|| folder.to_string_lossy(), |name| name.to_string_lossy());
+    model.label = format!("adapter {name}");
+    Ok(model)
 }
 
 fn open_merged(run_folder: &Path, device: Device) -> Result<OpenModel> {
