@@ -10,5 +10,5 @@ mod mapped;
 pub mod nf4_cache;
 pub mod open;
 pub mod safetensors;
-pub mod tokenizer_files;
 pub mod tensor_file;
+pub mod tokenizer_files;

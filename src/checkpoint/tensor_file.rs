@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
 
 use anyhow::{Context as _, Result, bail};
-use safetensors::tensor::{Dtype, SafeTensors, View};
+use safetensors::tensor::{Dtype, SafeTensors, TensorView, View};
 use tch::{Device, Kind, Tensor};
 
 /// Tensors by name, on the CPU.
@@ -21,14 +21,16 @@ pub fn read(path: &Path) -> Result<NamedTensors> {
         .with_context(|| format!("`{}` is no whole safetensors file", path.display()))?;
     file.iter()
         .map(|(name, view)| {
-            let tensor = (|| {
-                let shape: Vec<i64> = view.shape().iter().map(|size| *size as i64).collect();
-                Ok(Tensor::f_from_data_size(view.data(), &shape, kind_of(view.dtype())?)?)
-            })();
-            let in_file = || format!("tensor `{name}` of `{}`", path.display());
-            Ok((name.to_string(), tensor.with_context(in_file)?))
+            let tensor =
+                tensor_of(&view).with_context(|| format!("tensor `{name}` of `{}`", path.display()))?;
+            Ok((name.to_string(), tensor))
         })
         .collect()
+}
+
+fn tensor_of(view: &TensorView<'_>) -> Result<Tensor> {
+    let shape: Vec<i64> = view.shape().iter().map(|size| *size as i64).collect();
+    Ok(Tensor::f_from_data_size(view.data(), &shape, kind_of(view.dtype())?)?)
 }
 
 /// Writes tensors as a safetensors file; same tensors, same bytes. Call it on a path inside a staged folder.
