@@ -1,6 +1,9 @@
 //! One training example, whatever its source.
 
+use std::ops::Range;
+
 use serde::{Deserialize, Serialize};
+use sha2::{Digest as _, Sha256};
 
 /// Who speaks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -38,5 +41,54 @@ impl Message {
     /// A turn of `role`.
     pub fn new(role: Role, content: impl Into<String>) -> Self {
         Self { role, content: content.into() }
+    }
+}
+
+/// Which end of a text is given up first.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Edge {
+    /// Its beginning.
+    Head,
+    /// Its end.
+    Tail,
+}
+
+/// A part of a message that may be shortened when the example is too long: context, never the question or the response.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Cut {
+    /// Index of the message.
+    pub message: usize,
+    /// Bytes of its content.
+    pub bytes: Range<usize>,
+    /// Which end goes first.
+    pub edge: Edge,
+}
+
+/// One conversation of a source.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Example {
+    /// The turns; the last one is the assistant's.
+    pub messages: Vec<Message>,
+    /// What it was made from, within its source: examples of one document never part between splits.
+    pub document: String,
+    /// The record of the source's file, counted from 1.
+    pub record: u32,
+    /// What may be shortened, in the order in which it is given up.
+    ///
+    /// Within a message, a part that is given up earlier lies behind one that is given up later, so that
+    /// shortening the first moves nothing of the second.
+    pub cuts: Vec<Cut>,
+}
+
+impl Example {
+    /// A hash of what is said: equal for copies, whatever their place in the dump.
+    pub fn identity(&self) -> [u8; 32] {
+        let mut hash = Sha256::new();
+        for message in &self.messages {
+            hash.update(message.role.as_str());
+            hash.update((message.content.len() as u64).to_le_bytes());
+            hash.update(&message.content);
+        }
+        hash.finalize().into()
     }
 }

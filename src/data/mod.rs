@@ -1,7 +1,14 @@
 //! Dumps to packed rows: the only reader of dumps.
 
 pub mod example;
+pub mod fit;
 pub mod manifest;
+pub mod mixture;
+pub mod pack;
+pub mod prepare;
+pub mod reader;
+pub mod source;
+pub mod split;
 pub mod store;
 pub mod template;
 pub mod tokenizer;

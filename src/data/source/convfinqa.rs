@@ -1,0 +1,353 @@
+//! ConvFinQA: conversations over a page of a financial report, one example each, every answer supervised.
+
+use std::fmt::Write as _;
+
+use anyhow::{Result, anyhow};
+use serde::Deserialize;
+use serde_json::{Map, Value};
+
+use super::{Outcome, Reason, Source};
+use crate::data::example::{Cut, Edge, Example, Message, Role};
+use crate::error::user_error;
+use crate::recipe::ConvFinQaTarget;
+
+/// Names of the file in an archive.
+pub const MEMBERS: &[&str] = &["train.json"];
+
+/// A record of either form in circulation.
+#[derive(Debug, Deserialize)]
+pub(super) struct Record {
+    id: String,
+    filename: Option<String>,
+    // Upstream.
+    pre_text: Option<Vec<String>>,
+    post_text: Option<Vec<String>>,
+    table: Option<Vec<Vec<String>>>,
+    annotation: Option<Annotation>,
+    // The repackaging with `{"dev": […]}`.
+    doc: Option<Document>,
+    dialogue: Option<Dialogue>,
+}
+
+/// The conversation as upstream has it; `qa` or `qa_0` and `qa_1` beside it say the same of the last turns.
+#[derive(Debug, Deserialize)]
+struct Annotation {
+    dialogue_break: Vec<String>,
+    turn_program: Vec<String>,
+    #[serde(default)]
+    exe_ans_list: Vec<Value>,
+}
+
+#[derive(Debug, Deserialize)]
+struct Document {
+    #[serde(default)]
+    pre_text: String,
+    #[serde(default)]
+    post_text: String,
+    /// Column to row to number.
+    table: Map<String, Value>,
+}
+
+#[derive(Debug, Deserialize)]
+struct Dialogue {
+    conv_questions: Vec<String>,
+    turn_program: Vec<String>,
+    executed_answers: Vec<Value>,
+}
+
+/// What both forms say.
+struct Page {
+    before: String,
+    table: String,
+    after: String,
+    questions: Vec<String>,
+    programs: Vec<String>,
+    answers: Vec<Value>,
+}
+
+/// The source.
+pub(super) struct ConvFinQa {
+    pub target: ConvFinQaTarget,
+}
+
+impl Source for ConvFinQa {
+    type Record = Record;
+
+    fn example(&self, number: u32, record: Record) -> Result<Outcome> {
+        let document = document_of(&record);
+        let page = record.page()?;
+        let turns = page.questions.len();
+        if turns == 0 {
+            return Ok(Err(Reason::EmptyQuestion));
+        }
+        if page.programs.len() != turns || page.answers.len() != turns {
+            return Ok(Err(Reason::TurnsDisagree));
+        }
+        Ok(self.conversation(number, document, &page))
+    }
+}
+
+impl ConvFinQa {
+    fn conversation(&self, record: u32, document: String, page: &Page) -> Outcome {
+        let (first, cuts) = self.opening(page);
+        let mut messages = Vec::with_capacity(2 * page.questions.len());
+        let turns = page.questions.iter().zip(&page.programs).zip(&page.answers);
+        for (at, ((question, program), answer)) in turns.enumerate() {
+            let question = question.trim();
+            let (program, answer) = (program.trim(), answer_text(answer));
+            if question.is_empty() {
+                return Err(Reason::EmptyQuestion);
+            }
+            if answer.is_empty() || program.is_empty() {
+                return Err(Reason::EmptyResponse);
+            }
+            let asked = if at == 0 { format!("{first}{question}") } else { question.to_string() };
+            messages.push(Message::new(Role::User, asked));
+            messages.push(Message::new(Role::Assistant, self.response(program, &answer)));
+        }
+        Ok(Example { messages, document, record, cuts })
+    }
+
+    fn response(&self, program: &str, answer: &str) -> String {
+        match self.target {
+            ConvFinQaTarget::ProgramThenAnswer => format!("{program}\nAnswer: {answer}"),
+            ConvFinQaTarget::Answer => answer.to_string(),
+        }
+    }
+
+    /// The page, up to the first question; and what of it may go: first the end of what follows the table,
+    /// then the beginning of what precedes it.
+    fn opening(&self, page: &Page) -> (String, Vec<Cut>) {
+        let mut text = match self.target {
+            ConvFinQaTarget::ProgramThenAnswer => {
+                "Answer the questions about this page of a financial report: the program that computes each answer, then the answer.\n\n"
+            }
+            ConvFinQaTarget::Answer => "Answer the questions about this page of a financial report.\n\n",
+        }
+        .to_string();
+        let mut cuts = Vec::new();
+        for (part, edge) in [(&page.before, Some(Edge::Head)), (&page.table, None), (&page.after, Some(Edge::Tail))]
+        {
+            if part.is_empty() {
+                continue;
+            }
+            let start = text.len();
+            text.push_str(part);
+            if let Some(edge) = edge {
+                cuts.insert(0, Cut { message: 0, bytes: start..text.len(), edge });
+            }
+            text.push_str("\n\n");
+        }
+        text.push_str("Question: ");
+        (text, cuts)
+    }
+}
+
+/// The page of the filing: several conversations are about the same one.
+fn document_of(record: &Record) -> String {
+    if let Some(filename) = record.filename.as_deref().filter(|name| !name.is_empty()) {
+        return filename.to_string();
+    }
+    // `Single_MRO/2007/page_134.pdf-1` is the first question on `MRO/2007/page_134.pdf`.
+    let id = record.id.as_str();
+    let id = id.strip_prefix("Single_").or_else(|| id.strip_prefix("Double_")).unwrap_or(id);
+    match id.rsplit_once(".pdf") {
+        Some((page, _)) => format!("{page}.pdf"),
+        None => id.to_string(),
+    }
+}
+
+impl Record {
+    fn page(self) -> Result<Page> {
+        match (self.annotation, self.dialogue) {
+            (Some(annotation), _) => {
+                if annotation.exe_ans_list.is_empty() {
+                    return Err(user_error(
+                        format!("conversation `{}` has no `annotation.exe_ans_list`: no answers", self.id),
+                        "name `train.json`; the private test file has questions only",
+                    ));
+                }
+                let missing = |field| anyhow!("conversation `{}` has no `{field}`", self.id);
+                Ok(Page {
+                    before: self.pre_text.ok_or_else(|| missing("pre_text"))?.join(" "),
+                    table: table_of_rows(&self.table.ok_or_else(|| missing("table"))?),
+                    after: self.post_text.ok_or_else(|| missing("post_text"))?.join(" "),
+                    questions: annotation.dialogue_break,
+                    programs: annotation.turn_program,
+                    answers: annotation.exe_ans_list,
+                })
+            }
+            (None, Some(dialogue)) => {
+                let document =
+                    self.doc.ok_or_else(|| anyhow!("conversation `{}` has no `doc`", self.id))?;
+                Ok(Page {
+                    before: document.pre_text.trim().to_string(),
+                    table: table_of_columns(&document.table),
+                    after: document.post_text.trim().to_string(),
+                    questions: dialogue.conv_questions,
+                    programs: dialogue.turn_program,
+                    answers: dialogue.executed_answers,
+                })
+            }
+            (None, None) => Err(user_error(
+                format!("conversation `{}` has neither `annotation` (upstream) nor `dialogue`", self.id),
+                "name `train.json` of the upstream `data.zip`",
+            )),
+        }
+    }
+}
+
+/// A number without a needless fraction; `yes` and `no` as they are.
+fn answer_text(answer: &Value) -> String {
+    match answer {
+        Value::Number(number) => number.as_f64().map_or_else(|| number.to_string(), number_text),
+        Value::String(text) => text.trim().to_string(),
+        Value::Bool(true) => "yes".to_string(),
+        Value::Bool(false) => "no".to_string(),
+        _ => String::new(),
+    }
+}
+
+fn number_text(number: f64) -> String {
+    // The shortest digits that mean this number; -0 is 0 to a reader.
+    if number == 0.0 { "0".to_string() } else { number.to_string() }
+}
+
+/// Rows of cells, the first of them the header, as a Markdown table.
+fn table_of_rows(rows: &[Vec<String>]) -> String {
+    let width = rows.iter().map(Vec::len).max().unwrap_or(0);
+    if width == 0 {
+        return String::new();
+    }
+    let mut text = String::new();
+    for (at, row) in rows.iter().enumerate() {
+        let cells = row.iter().map(String::as_str).chain(std::iter::repeat("")).take(width);
+        let cells: Vec<String> = cells.map(cell_text).collect();
+        // Writing into a String cannot fail.
+        let _ = writeln!(text, "| {} |", cells.join(" | "));
+        if at == 0 {
+            let _ = writeln!(text, "|{}", " --- |".repeat(width));
+        }
+    }
+    text.trim_end().to_string()
+}
+
+fn cell_text(cell: &str) -> String {
+    cell.split_whitespace().collect::<Vec<_>>().join(" ").replace('|', "\\|")
+}
+
+/// Columns of named rows as a Markdown table, rows in the order of their first appearance.
+fn table_of_columns(columns: &Map<String, Value>) -> String {
+    let mut names: Vec<&String> = Vec::new();
+    for column in columns.values().filter_map(Value::as_object) {
+        for name in column.keys() {
+            if !names.contains(&name) {
+                names.push(name);
+            }
+        }
+    }
+    let header = std::iter::once(String::new()).chain(columns.keys().cloned()).collect();
+    let body = names.iter().map(|name| {
+        let cells = columns.values().map(|column| column.get(name.as_str()).map(answer_text));
+        std::iter::once((*name).clone()).chain(cells.map(Option::unwrap_or_default)).collect()
+    });
+    let rows: Vec<Vec<String>> = std::iter::once(header).chain(body).collect();
+    if names.is_empty() { String::new() } else { table_of_rows(&rows) }
+}
+
+#[cfg(test)]
+#[expect(clippy::unwrap_used, reason = "a test panics where it fails")]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    fn upstream() -> Value {
+        json!({
+            "id": "Single_ABC/2014/page_9.pdf-2", "filename": "ABC/2014/page_9.pdf",
+            "pre_text": ["first .", "second ."], "post_text": ["after ."], "table_ori": [],
+            "table": [["", "2014"], ["sales | net", "5"], ["short"]],
+            "qa": {"question": "q"},
+            "annotation": {
+                "amt_table": "<table/>", "qa_split": [0, 0],
+                "dialogue_break": ["what was it?", "is that more?"],
+                "turn_program": ["subtract(5, 0.5)", "greater(5, 4)"],
+                "exe_ans_list": [4.0, "yes"]
+            }
+        })
+    }
+
+    fn outcome(record: Value, target: ConvFinQaTarget) -> Result<Outcome> {
+        ConvFinQa { target }.example(1, serde_json::from_value(record)?)
+    }
+
+    fn example(record: Value, target: ConvFinQaTarget) -> Example {
+        outcome(record, target).unwrap().unwrap()
+    }
+
+    #[test]
+    fn a_conversation_is_one_example_with_the_page_in_its_first_turn() {
+        let found = example(upstream(), ConvFinQaTarget::ProgramThenAnswer);
+        let said: Vec<&str> = found.messages.iter().map(|message| message.content.as_str()).collect();
+        assert_eq!(
+            said[0],
+            "Answer the questions about this page of a financial report: the program that computes each answer, then the answer.\n\n\
+             first . second .\n\n|  | 2014 |\n| --- | --- |\n| sales \\| net | 5 |\n| short |  |\n\nafter .\n\nQuestion: what was it?"
+        );
+        assert_eq!(said[1..], ["subtract(5, 0.5)\nAnswer: 4", "is that more?", "greater(5, 4)\nAnswer: yes"]);
+        assert_eq!(found.document, "ABC/2014/page_9.pdf");
+    }
+
+    #[test]
+    fn what_follows_the_table_goes_first_then_the_beginning_never_the_table() {
+        let found = example(upstream(), ConvFinQaTarget::Answer);
+        let cut = |at: usize| (&found.messages[0].content[found.cuts[at].bytes.clone()], found.cuts[at].edge);
+        assert_eq!(found.cuts.len(), 2);
+        assert_eq!(cut(0), ("after .", Edge::Tail));
+        assert_eq!(cut(1), ("first . second .", Edge::Head));
+        assert_eq!(found.messages[1].content, "4");
+    }
+
+    #[test]
+    fn the_repackaging_says_the_same() {
+        let record = json!({
+            "id": "Double_ABC/2014/page_9.pdf",
+            "doc": {"pre_text": "first .", "post_text": "", "table": {"2014": {"sales": 5.0}, "2013": {"sales": 4.5, "costs": 1}}},
+            "dialogue": {"conv_questions": ["q"], "conv_answers": ["5"], "turn_program": ["5"], "executed_answers": [5.0], "qa_split": [false]},
+            "features": {}
+        });
+        let found = example(record, ConvFinQaTarget::Answer);
+        assert!(found.messages[0].content.contains(
+            "first .\n\n|  | 2014 | 2013 |\n| --- | --- | --- |\n| sales | 5 | 4.5 |\n| costs |  | 1 |\n\nQuestion: q"
+        ));
+        assert_eq!(found.document, "ABC/2014/page_9.pdf");
+    }
+
+    #[test]
+    fn numbers_are_spelt_as_people_write_them() {
+        let text = |value| answer_text(&value);
+        assert_eq!(text(json!(164.0)), "164");
+        assert_eq!(text(json!(-0.13228)), "-0.13228");
+        assert_eq!(text(json!(1e-5)), "0.00001");
+        assert_eq!(text(json!(16923076.92308)), "16923076.92308");
+        assert_eq!(text(json!(-0.0)), "0");
+        assert_eq!(text(json!(" no ")), "no");
+        assert_eq!(text(json!(null)), "");
+    }
+
+    #[test]
+    fn odd_conversations_are_dropped_or_told() {
+        let mut record = upstream();
+        record["annotation"]["turn_program"] = json!(["1"]);
+        assert_eq!(outcome(record, ConvFinQaTarget::Answer).unwrap(), Err(Reason::TurnsDisagree));
+        let mut record = upstream();
+        record["annotation"]["exe_ans_list"] = json!([1.0, null]);
+        assert_eq!(outcome(record, ConvFinQaTarget::Answer).unwrap(), Err(Reason::EmptyResponse));
+        let mut record = upstream();
+        record["annotation"]["exe_ans_list"] = json!([]);
+        let text = crate::error::render(&outcome(record, ConvFinQaTarget::Answer).unwrap_err());
+        assert!(text.contains("no answers") && text.contains("private test file"), "{text}");
+        let text = crate::error::render(&outcome(json!({"id": "x"}), ConvFinQaTarget::Answer).unwrap_err());
+        assert!(text.contains("neither `annotation`"), "{text}");
+    }
+}
