@@ -67,6 +67,10 @@ pub struct PrepareArgs {
     /// Print the summary as JSON.
     #[arg(long)]
     pub json: bool,
+
+    /// Tell the seconds of each stage, and encode the same texts once more with nothing around it to compare.
+    #[arg(long)]
+    pub timings: bool,
 }
 
 /// `granite train`

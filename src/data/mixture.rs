@@ -106,8 +106,12 @@ mod tests {
 
     #[test]
     fn too_few_fail_with_the_counts_shrink_all_or_give_what_there_is() {
-        let demands =
-            [demand("a", Some(100), 100), demand("b", Some(40), 30), demand("c", None, 5), demand("d", Some(8), 7)];
+        let demands = [
+            demand("a", Some(100), 100),
+            demand("b", Some(40), 30),
+            demand("c", None, 5),
+            demand("d", Some(8), 7),
+        ];
         let text = crate::error::render(&quotas(&demands, OnShortfall::Fail).unwrap_err());
         assert!(text.contains("source `b` has 30 usable examples, 40 asked for; source `d` has 7"), "{text}");
         assert_eq!(quotas(&demands, OnShortfall::TakeAll).unwrap(), [100, 30, 5, 7]);

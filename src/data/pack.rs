@@ -68,7 +68,9 @@ mod tests {
     fn lengths(count: usize, longest: u64, seed: u64) -> Vec<usize> {
         let mut state = seed;
         // Products of two draws lean towards short ones, as texts do.
-        (0..count).map(|_| 1 + (next(&mut state) % longest * (next(&mut state) % longest) / longest) as usize).collect()
+        (0..count)
+            .map(|_| 1 + (next(&mut state) % longest * (next(&mut state) % longest) / longest) as usize)
+            .collect()
     }
 
     #[test]

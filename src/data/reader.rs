@@ -245,8 +245,8 @@ fn lines<T: DeserializeOwned>(
         if line.trim_ascii().is_empty() {
             continue;
         }
-        let record = serde_json::from_slice(&line)
-            .map_err(|error| misfit(&error, number, !line.ends_with(b"\n")))?;
+        let record =
+            serde_json::from_slice(&line).map_err(|error| misfit(&error, number, !line.ends_with(b"\n")))?;
         each(number, record).with_context(|| format!("record {number}"))?;
     }
 }
@@ -429,7 +429,9 @@ mod tests {
 
     #[test]
     fn what_is_no_data_is_named() {
-        assert!(told(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n").contains("Git LFS pointer"));
+        assert!(
+            told(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n").contains("Git LFS pointer")
+        );
         assert!(told(b"").contains("it is empty"));
         assert!(told(b" \n ").contains("it is empty"));
         assert!(told(b"<!DOCTYPE html>\n<html>").contains("a web page"));

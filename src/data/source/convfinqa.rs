@@ -126,7 +126,8 @@ impl ConvFinQa {
         }
         .to_string();
         let mut cuts = Vec::new();
-        for (part, edge) in [(&page.before, Some(Edge::Head)), (&page.table, None), (&page.after, Some(Edge::Tail))]
+        for (part, edge) in
+            [(&page.before, Some(Edge::Head)), (&page.table, None), (&page.after, Some(Edge::Tail))]
         {
             if part.is_empty() {
                 continue;
@@ -178,8 +179,7 @@ impl Record {
                 })
             }
             (None, Some(dialogue)) => {
-                let document =
-                    self.doc.ok_or_else(|| anyhow!("conversation `{}` has no `doc`", self.id))?;
+                let document = self.doc.ok_or_else(|| anyhow!("conversation `{}` has no `doc`", self.id))?;
                 Ok(Page {
                     before: document.pre_text.trim().to_string(),
                     table: table_of_columns(&document.table),

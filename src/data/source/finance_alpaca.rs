@@ -19,8 +19,7 @@ impl Source for FinanceAlpaca {
     fn example(&self, number: u32, record: AlpacaRecord) -> Result<Outcome> {
         let input = record.input.unwrap_or_default();
         // The forum part parts its words with two spaces; that is its only layout.
-        let [instruction, output] =
-            [&record.instruction, &record.output].map(|text| single_spaced(text));
+        let [instruction, output] = [&record.instruction, &record.output].map(|text| single_spaced(text));
         Ok(example(number, [&instruction, &input, &output], self.separator, Siblings::ShareQuestion))
     }
 }
@@ -38,7 +37,10 @@ mod tests {
     #[test]
     fn only_text_that_is_doubled_throughout_is_mended() {
         assert_eq!(single_spaced("all  words  are  parted  so"), "all words are parted so");
-        assert_eq!(single_spaced("a sentence.  Another one follows it."), "a sentence.  Another one follows it.");
+        assert_eq!(
+            single_spaced("a sentence.  Another one follows it."),
+            "a sentence.  Another one follows it."
+        );
         assert_eq!(single_spaced(""), "");
     }
 }

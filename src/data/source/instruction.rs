@@ -66,8 +66,7 @@ mod tests {
 
     #[test]
     fn context_follows_the_instruction_and_is_what_may_be_cut() {
-        let found =
-            example(3, [" Sum up. ", " A text. ", " B. "], "\n\n", Siblings::ShareContext).unwrap();
+        let found = example(3, [" Sum up. ", " A text. ", " B. "], "\n\n", Siblings::ShareContext).unwrap();
         assert_eq!(found.messages[0].content, "Sum up.\n\nA text.");
         assert_eq!(found.messages[1].content, "B.");
         assert_eq!(&found.messages[0].content[found.cuts[0].bytes.clone()], "A text.");

@@ -152,11 +152,7 @@ fn is_asked(spec: &SourcesSpec, kind: SourceKind) -> bool {
     }
 }
 
-fn collect_one(
-    spec: &SourcesSpec,
-    kind: SourceKind,
-    separator: &'static str,
-) -> Result<Option<Collected>> {
+fn collect_one(spec: &SourcesSpec, kind: SourceKind, separator: &'static str) -> Result<Option<Collected>> {
     let plain = |source: &dyn Fn(&SourceSpec) -> Result<Collected>, spec: &Option<SourceSpec>| {
         spec.as_ref().map(source).transpose()
     };

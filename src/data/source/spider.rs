@@ -182,7 +182,8 @@ impl Schema {
     fn column(&self, at: usize) -> Result<(usize, &str)> {
         let found = self.column_names_original.get(at);
         let (table, name) = found.ok_or_else(|| anyhow!("a key names column {at}, which there is not"))?;
-        let table = usize::try_from(*table).map_err(|_| anyhow!("a key names `{name}`, which is no column"))?;
+        let table =
+            usize::try_from(*table).map_err(|_| anyhow!("a key names `{name}`, which is no column"))?;
         Ok((table, name))
     }
 
