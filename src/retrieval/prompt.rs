@@ -1,6 +1,7 @@
 //! The prompt of a question: retrieved passages, numbered, before it.
 //!
-//! Documents go into the user's turn, never into the system's: they are material, not instructions.
+//! Documents go into the user's turn, never into the system's: they are material, not instructions. The system turn is
+//! the one that training saw, and the tokenizer's to add.
 
 use anyhow::Result;
 
@@ -33,16 +34,15 @@ pub struct Prompt {
 pub fn build(
     question: &str,
     sources: &[Source<'_>],
-    system: Option<&str>,
     mut fits: impl FnMut(&[Message]) -> Result<bool>,
 ) -> Result<Option<Prompt>> {
     for shown in (0..=sources.len()).rev() {
-        let messages = messages(question, &sources[..shown], system);
+        let messages = messages(question, &sources[..shown]);
         if fits(&messages)? {
             return Ok(Some(Prompt { messages, shown }));
         }
         if let (1, Some(&first)) = (shown, sources.first()) {
-            let prompt = shorten(question, first, system, &mut fits)?;
+            let prompt = shorten(question, first, &mut fits)?;
             if prompt.is_some() {
                 return Ok(prompt);
             }
@@ -55,7 +55,6 @@ pub fn build(
 fn shorten(
     question: &str,
     source: Source<'_>,
-    system: Option<&str>,
     fits: &mut impl FnMut(&[Message]) -> Result<bool>,
 ) -> Result<Option<Prompt>> {
     let step = (source.text.len() / 16).max(1);
@@ -67,7 +66,7 @@ fn shorten(
             break;
         }
         let text = source.text[..middle].trim_end();
-        let messages = messages(question, &[Source { text, ..source }], system);
+        let messages = messages(question, &[Source { text, ..source }]);
         if fits(&messages)? {
             (low, good) = (middle, Some(Prompt { messages, shown: 1 }));
         } else {
@@ -77,9 +76,8 @@ fn shorten(
     Ok(good)
 }
 
-fn messages(question: &str, sources: &[Source<'_>], system: Option<&str>) -> Vec<Message> {
-    let system = system.map(|text| Message::new(Role::System, text));
-    system.into_iter().chain([Message::new(Role::User, user_turn(question, sources))]).collect()
+fn messages(question: &str, sources: &[Source<'_>]) -> Vec<Message> {
+    vec![Message::new(Role::User, user_turn(question, sources))]
 }
 
 fn user_turn(question: &str, sources: &[Source<'_>]) -> String {

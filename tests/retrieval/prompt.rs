@@ -18,9 +18,9 @@ fn user(prompt: &Prompt) -> &str {
 
 #[test]
 fn documents_are_numbered_before_the_question() {
-    let prompt = build("Why?", &SOURCES, Some("Be brief."), within(usize::MAX)).unwrap().unwrap();
+    let prompt = build("Why?", &SOURCES, within(usize::MAX)).unwrap().unwrap();
     assert_eq!(prompt.shown, 2);
-    assert_eq!(prompt.messages[0], Message::new(Role::System, "Be brief."));
+    assert_eq!(prompt.messages.len(), 1);
     assert!(
         user(&prompt)
             .ends_with("Document 1: Alpha\nfirst text\n\nDocument 2: Beta\nsecond text\n\nQuestion: Why?")
@@ -29,15 +29,15 @@ fn documents_are_numbered_before_the_question() {
 
 #[test]
 fn without_documents_the_question_stands_alone() {
-    let prompt = build("Why?", &[], None, within(4)).unwrap().unwrap();
+    let prompt = build("Why?", &[], within(4)).unwrap().unwrap();
     assert_eq!(prompt.messages, [Message::new(Role::User, "Why?")]);
-    assert_eq!(build("Why?", &[], None, within(3)).unwrap(), None);
+    assert_eq!(build("Why?", &[], within(3)).unwrap(), None);
 }
 
 #[test]
 fn the_last_documents_go_first() {
-    let whole = build("Why?", &SOURCES, None, within(usize::MAX)).unwrap().unwrap();
-    let one = build("Why?", &SOURCES, None, within(user(&whole).len() - 1)).unwrap().unwrap();
+    let whole = build("Why?", &SOURCES, within(usize::MAX)).unwrap().unwrap();
+    let one = build("Why?", &SOURCES, within(user(&whole).len() - 1)).unwrap().unwrap();
     assert_eq!(one.shown, 1);
     assert!(user(&one).contains("first text") && !user(&one).contains("Beta"));
 }
@@ -47,19 +47,19 @@ fn the_only_document_is_cut_short_on_a_character() {
     let text = "é".repeat(500);
     let source = [Source { title: "T", text: &text }];
     let bare =
-        user(&build("Q", &[Source { title: "T", text: "" }], None, within(usize::MAX)).unwrap().unwrap())
+        user(&build("Q", &[Source { title: "T", text: "" }], within(usize::MAX)).unwrap().unwrap())
             .len();
     for room in [100, 333, 999] {
-        let prompt = build("Q", &source, None, within(bare + room)).unwrap().unwrap();
+        let prompt = build("Q", &source, within(bare + room)).unwrap().unwrap();
         let shown = user(&prompt).matches('é').count();
         assert_eq!(prompt.shown, 1);
         assert!(shown * 2 <= room && shown * 2 + 64 >= room, "{shown} characters in {room} bytes");
     }
-    let none = build("Q", &source, None, within(bare)).unwrap().unwrap();
+    let none = build("Q", &source, within(bare)).unwrap().unwrap();
     assert_eq!((none.shown, user(&none)), (0, "Q"));
 }
 
 #[test]
 fn an_error_of_the_budget_is_told() {
-    assert!(build("Q", &SOURCES, None, |_| anyhow::bail!("no tokenizer")).is_err());
+    assert!(build("Q", &SOURCES, |_| anyhow::bail!("no tokenizer")).is_err());
 }
