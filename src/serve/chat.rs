@@ -241,9 +241,9 @@ impl Service {
 
 fn streamed(answer: Answer, envelope: Envelope, include_usage: bool) -> Response {
     stream::events(answer, move |told| match told {
-        Told::Begin => vec![
-            envelope.chunk(&json!({"role": "assistant", "content": ""}), None, include_usage),
-        ],
+        Told::Begin => {
+            vec![envelope.chunk(&json!({"role": "assistant", "content": ""}), None, include_usage)]
+        }
         Told::Text(text) => vec![envelope.chunk(&json!({"content": text}), None, include_usage)],
         Told::End(end) => {
             let mut events = vec![envelope.chunk(&json!({}), Some(end.finish_reason), include_usage)];

@@ -38,8 +38,7 @@ pub async fn list(
 ) -> Result<Json<Value>, ApiError> {
     let Query(Page { offset, limit }) = page.map_err(|rejection| ApiError::invalid(rejection.body_text()))?;
     let limit = limit.min(MOST);
-    let documents =
-        service.library.as_ref().map(|library| library.index().documents()).unwrap_or_default();
+    let documents = service.library.as_ref().map(|library| library.index().documents()).unwrap_or_default();
     let page: Vec<Value> = documents
         .iter()
         .skip(offset)

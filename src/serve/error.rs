@@ -59,10 +59,9 @@ impl ApiError {
     pub fn submit(error: &SubmitError, retry_after: u64) -> Self {
         match error {
             SubmitError::Overloaded { waiting } => Self::overloaded(*waiting, retry_after),
-            SubmitError::PromptTooLong { .. } => Self {
-                code: Some("context_length_exceeded"),
-                ..Self::field("messages", error.to_string())
-            },
+            SubmitError::PromptTooLong { .. } => {
+                Self { code: Some("context_length_exceeded"), ..Self::field("messages", error.to_string()) }
+            }
             SubmitError::Invalid(message) => Self::invalid(message),
             SubmitError::Stopped => Self::stopped(),
         }

@@ -107,7 +107,11 @@ impl From<Map<String, Value>> for Fields {
 /// An error message may repeat what was sent, but not all of it.
 fn shorten(text: &str) -> String {
     const MOST: usize = 80;
-    if text.len() <= MOST { text.to_string() } else { format!("{}…", &text[..text.floor_char_boundary(MOST)]) }
+    if text.len() <= MOST {
+        text.to_string()
+    } else {
+        format!("{}…", &text[..text.floor_char_boundary(MOST)])
+    }
 }
 
 impl<S: Send + Sync> FromRequest<S> for Fields {
@@ -127,9 +131,11 @@ impl<S: Send + Sync> FromRequest<S> for Fields {
         let bytes = Bytes::from_request(request, state).await.map_err(|rejection| {
             let message = rejection.body_text();
             match rejection.into_response().status() {
-                status @ StatusCode::PAYLOAD_TOO_LARGE => {
-                    ApiError::refused(status, "request_too_large", "the request is larger than the server takes")
-                }
+                status @ StatusCode::PAYLOAD_TOO_LARGE => ApiError::refused(
+                    status,
+                    "request_too_large",
+                    "the request is larger than the server takes",
+                ),
                 _ => ApiError::invalid(message),
             }
         })?;

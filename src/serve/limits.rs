@@ -110,7 +110,10 @@ mod tests {
         }
         for host in ["0.0.0.0", "::", "10.1.2.3"] {
             let error = render(&listen_address(host, 0, None).unwrap_err());
-            assert!(error.contains("there is no key") && error.contains("hint: set `serve.api_key`"), "{error}");
+            assert!(
+                error.contains("there is no key") && error.contains("hint: set `serve.api_key`"),
+                "{error}"
+            );
             assert!(listen_address(host, 0, Some("k")).is_ok());
         }
     }
@@ -130,7 +133,9 @@ mod tests {
         for host in ["localhost", "LOCALHOST:80", "127.0.0.1:8080", "[::1]:8080", "[::1]"] {
             assert!(calls(host), "{host}");
         }
-        for host in ["evil.example", "127.0.0.1.evil.example:80", "localhost.evil.example", "10.0.0.1", "", "[::]"] {
+        for host in
+            ["evil.example", "127.0.0.1.evil.example:80", "localhost.evil.example", "10.0.0.1", "", "[::]"]
+        {
             assert!(!calls(host), "{host}");
         }
         assert!(calls_loopback(&HeaderMap::new()));

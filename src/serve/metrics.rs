@@ -101,7 +101,11 @@ impl Metrics {
         }
         let histograms = [
             ("granite_request_duration_seconds", "From the request to its last token.", &self.duration),
-            ("granite_time_to_first_token_seconds", "From the request to its first token.", &self.first_token),
+            (
+                "granite_time_to_first_token_seconds",
+                "From the request to its first token.",
+                &self.first_token,
+            ),
             ("granite_retrieval_duration_seconds", "Encoding a question and searching.", &self.retrieval),
         ];
         for (name, help, histogram) in histograms {

@@ -106,7 +106,10 @@ fn streamed(answer: Answer, body: Map<String, Value>, retrieval: Duration) -> Re
 }
 
 fn ending(end: &End, retrieval: Duration) -> [(String, Value); 2] {
-    [("finish_reason".to_string(), json!(end.finish_reason)), ("timings".to_string(), timings(end, retrieval))]
+    [
+        ("finish_reason".to_string(), json!(end.finish_reason)),
+        ("timings".to_string(), timings(end, retrieval)),
+    ]
 }
 
 /// Milliseconds of each part; `total_ms` also holds what lies between them.
@@ -115,7 +118,8 @@ fn timings(end: &End, retrieval: Duration) -> Value {
     let decode = end.timings.decode.as_secs_f64();
     // The first token comes from the prompt's pass.
     let decoded = end.completion_tokens.saturating_sub(1) as f64;
-    let rate = if decode > 0.0 && decoded > 0.0 { Some((decoded / decode * 100.0).round() / 100.0) } else { None };
+    let rate =
+        if decode > 0.0 && decoded > 0.0 { Some((decoded / decode * 100.0).round() / 100.0) } else { None };
     json!({
         "retrieval_ms": milliseconds(retrieval),
         "queue_ms": milliseconds(end.timings.queued),

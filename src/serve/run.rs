@@ -69,11 +69,7 @@ fn signals() -> Result<(Arc<watch::Sender<u32>>, watch::Receiver<u32>)> {
 ///
 /// # Errors
 /// When the listener fails.
-pub async fn serve(
-    service: Service,
-    listener: TcpListener,
-    signals: watch::Receiver<u32>,
-) -> Result<()> {
+pub async fn serve(service: Service, listener: TcpListener, signals: watch::Receiver<u32>) -> Result<()> {
     let service = Arc::new(service);
     let (mut first, mut second) = (signals.clone(), signals);
     let engine = service.engine.clone();

@@ -47,8 +47,7 @@ fn the_only_document_is_cut_short_on_a_character() {
     let text = "é".repeat(500);
     let source = [Source { title: "T", text: &text }];
     let bare =
-        user(&build("Q", &[Source { title: "T", text: "" }], within(usize::MAX)).unwrap().unwrap())
-            .len();
+        user(&build("Q", &[Source { title: "T", text: "" }], within(usize::MAX)).unwrap().unwrap()).len();
     for room in [100, 333, 999] {
         let prompt = build("Q", &source, within(bare + room)).unwrap().unwrap();
         let shown = user(&prompt).matches('é').count();
