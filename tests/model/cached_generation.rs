@@ -1,0 +1,84 @@
+//! Generation with the cache is the uncached model, token by token and in chunks.
+
+use granite::model::batch::Batch;
+use granite::model::decoder::Decoder;
+use granite::model::kv_cache::KvCache;
+use granite::recipe::Quantization;
+use tch::{Device, Kind, Tensor};
+
+use super::fixture;
+use super::oracle::whole_step;
+use super::packing::sequence;
+use super::tolerance::{assert_close, distance};
+use super::twin::Twin;
+
+fn cache(decoder: &Decoder, capacity: i64) -> KvCache {
+    KvCache::new(decoder.config(), capacity, decoder.kind(), decoder.device())
+}
+
+#[test]
+fn chunks_do_not_matter() {
+    for fixture in fixture::all() {
+        let decoder = fixture.adapted(Quantization::None, 0.0);
+        let whole = sequence(29, 5, true);
+        let batch = Batch::pack([&whole], Device::Cpu);
+        let reference = Twin::new(&fixture, 0.0, Kind::Double).pass(&batch, &whole_step(&batch)).logits;
+        let yardstick = distance(
+            &Twin::new(&fixture, 0.0, Kind::Float).pass(&batch, &whole_step(&batch)).logits,
+            &reference,
+        );
+        for chunks in [vec![29], vec![1; 29], vec![13, 1, 1, 7, 2, 5], vec![28, 1]] {
+            let mut cache = cache(&decoder, 29);
+            assert!(cache.is_empty());
+            let mut end = 0;
+            for chunk in &chunks {
+                let logits = decoder.forward_cached(&whole.input_ids[end..end + chunk], &mut cache).unwrap();
+                end += chunk;
+                assert_eq!(cache.len(), end as i64);
+                let what = format!("{} after {end} tokens in chunks of {chunks:?}", fixture.name);
+                assert_close(&what, &logits, &reference.get(end as i64 - 1), yardstick);
+            }
+        }
+    }
+}
+
+#[test]
+fn greedy_generation_is_the_oracles() {
+    for fixture in fixture::all() {
+        let decoder = fixture.adapted(Quantization::None, 0.0);
+        let ids = |name: &str| -> Vec<u32> {
+            let list = fixture.notes["generation"][name].as_array().unwrap();
+            list.iter().map(|id| id.as_u64().unwrap() as u32).collect()
+        };
+        let (prompt, expected) = (ids("prompt"), ids("tokens"));
+        let mut cache = cache(&decoder, (prompt.len() + expected.len()) as i64);
+        let mut logits = decoder.forward_cached(&prompt, &mut cache).unwrap();
+        let mut tokens = Vec::new();
+        while tokens.len() < expected.len() {
+            let token = logits.argmax(0, false).int64_value(&[]) as u32;
+            tokens.push(token);
+            logits = decoder.forward_cached(&[token], &mut cache).unwrap();
+        }
+        assert_eq!(tokens, expected, "{}", fixture.name);
+    }
+}
+
+#[test]
+fn sequences_have_caches_of_their_own() {
+    let fixture = &fixture::all()[0];
+    let decoder = fixture.decoder(Quantization::Nf4);
+    let (one, other) = (sequence(6, 1, true).input_ids, sequence(8, 2, true).input_ids);
+    let run = |ids: &[u32]| decoder.forward_cached(ids, &mut cache(&decoder, 16)).unwrap();
+    let expected: [Tensor; 2] = [run(&one), run(&other)];
+    let mut caches = [cache(&decoder, 16), cache(&decoder, 16)];
+    decoder.forward_cached(&one[..5], &mut caches[0]).unwrap();
+    decoder.forward_cached(&other[..7], &mut caches[1]).unwrap();
+    let last = [
+        decoder.forward_cached(&one[5..], &mut caches[0]).unwrap(),
+        decoder.forward_cached(&other[7..], &mut caches[1]).unwrap(),
+    ];
+    for (last, expected) in last.iter().zip(&expected) {
+        let token = |logits: &Tensor| logits.argmax(0, false).int64_value(&[]);
+        assert_eq!(token(last), token(expected));
+    }
+}
