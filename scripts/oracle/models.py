@@ -16,6 +16,7 @@ from pathlib import Path
 
 import bitsandbytes.functional as bnb
 import torch
+from nf4 import nearest_codes
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
@@ -149,8 +150,15 @@ def weights(tiny: Tiny) -> dict[str, torch.Tensor]:
 
 
 def nf4(weight: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """A weight through bitsandbytes' NF4 with double quantisation: dequantised, and the parts as it stores them."""
+    """A weight through bitsandbytes' NF4 with double quantisation: dequantised, and the parts as it stores them.
+
+    The 8-bit codes of the scales are the nearest levels, as its CUDA kernel finds them; its CPU library misses some
+    (nf4.py tells the story).
+    """
     packed, state = bnb.quantize_4bit(weight.float(), blocksize=64, compress_statistics=True, quant_type="nf4")
+    _, plain = bnb.quantize_4bit(weight.float(), blocksize=64, quant_type="nf4")
+    state.offset = plain.absmax.double().mean().float()
+    state.absmax, state.state2.absmax = nearest_codes(plain.absmax, state.offset, state.state2.code)
     parts = {
         "packed": packed.flatten(),
         "absmax": state.absmax,

@@ -71,8 +71,8 @@ fn sequences_have_caches_of_their_own() {
     let run = |ids: &[u32]| decoder.forward_cached(ids, &mut cache(&decoder, 16)).unwrap();
     let expected: [Tensor; 2] = [run(&one), run(&other)];
     let mut caches = [cache(&decoder, 16), cache(&decoder, 16)];
-    decoder.forward_cached(&one[..5], &mut caches[0]).unwrap();
-    decoder.forward_cached(&other[..7], &mut caches[1]).unwrap();
+    let _ = decoder.forward_cached(&one[..5], &mut caches[0]).unwrap();
+    let _ = decoder.forward_cached(&other[..7], &mut caches[1]).unwrap();
     let last = [
         decoder.forward_cached(&one[5..], &mut caches[0]).unwrap(),
         decoder.forward_cached(&other[7..], &mut caches[1]).unwrap(),
