@@ -139,8 +139,15 @@ fn three_steps_of_adamw() {
             let mut decoder = fixture.adapted(quantization, 0.0);
             three_steps(&fixture, variant, &mut decoder);
             if variant == "none" {
+                // Adam moves an element by about the learning rate however small its gradient, so errors of all
+                // tensors are of one size: the yardstick is the worst of them, one tensor's is a noisy sample.
+                let references =
+                    decoder.adapters().unwrap().iter().map(|(name, _)| format!("none.after.{name}"));
+                let yardstick = references.map(|name| fixture.yardstick(&name)).fold(0.0, f64::max);
                 for (name, parameter) in decoder.adapters().unwrap().iter() {
-                    check(&fixture, &format!("none.after.{name}"), &parameter);
+                    let name = format!("none.after.{name}");
+                    let what = format!("{} {name}", fixture.name);
+                    assert_close(&what, &parameter, fixture.reference(&name), yardstick);
                 }
             }
         }
