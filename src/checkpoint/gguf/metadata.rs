@@ -20,6 +20,11 @@ impl<'a> Metadata<'a> {
         Self { map }
     }
 
+    /// Whether there is such a key.
+    pub fn contains(self, key: &str) -> bool {
+        self.map.contains_key(key)
+    }
+
     /// An integer, `None` when absent.
     ///
     /// # Errors

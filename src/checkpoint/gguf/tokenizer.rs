@@ -17,6 +17,7 @@ use crate::model::config::Architecture;
 const LLAMA_3_SPLIT: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 
 /// Types of tokens, ggml's numbers.
+const NORMAL: i128 = 1;
 const CONTROL: i128 = 3;
 const USER_DEFINED: i128 = 4;
 
@@ -143,6 +144,12 @@ impl<'a> Vocabulary<'a> {
         text.with_context(|| format!("id {id} is beyond the {} tokens", self.tokens.len()))
     }
 
+    /// Whether no token joins others, but for those that are found before the text is split.
+    fn is_of_bytes(&self) -> bool {
+        let tokens = self.tokens.iter().zip(&self.types);
+        tokens.filter(|(_, kind)| **kind == NORMAL).all(|(token, _)| token.chars().count() == 1)
+    }
+
     fn as_json(&self) -> Map<String, Value> {
         self.tokens.iter().enumerate().map(|(id, token)| (token.clone(), json!(id))).collect()
     }
@@ -182,7 +189,12 @@ impl<'a> Vocabulary<'a> {
 
 /// The merges as pairs, each checked to join two tokens into a third.
 fn merges(metadata: Metadata<'_>, vocabulary: &Vocabulary<'_>) -> Result<Vec<Value>> {
-    let merges = metadata.texts("tokenizer.ggml.merges")?;
+    const KEY: &str = "tokenizer.ggml.merges";
+    if !metadata.contains(KEY) && vocabulary.is_of_bytes() {
+        // Writers leave an empty list out.
+        return Ok(Vec::new());
+    }
+    let merges = metadata.texts(KEY)?;
     let pair = |merge: &String| {
         let (left, right) = merge.split_once(' ').with_context(|| format!("merge `{merge}` is no pair"))?;
         for token in [left, right, &format!("{left}{right}")] {
