@@ -88,6 +88,10 @@ pub struct TrainArgs {
     #[arg(long)]
     pub resume: bool,
 
+    /// Write a checkpoint after this step and end there, to be resumed later.
+    #[arg(long, value_name = "STEP")]
+    pub stop_after: Option<u64>,
+
     /// Where the run's files go, in place of `checkpoints/runs/<name>`.
     #[arg(long, value_name = "FOLDER")]
     pub out: Option<PathBuf>,

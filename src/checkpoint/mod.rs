@@ -9,6 +9,7 @@ pub mod hugging_face;
 mod mapped;
 pub mod nf4_cache;
 pub mod open;
+pub mod run;
 pub mod safetensors;
 pub mod tensor_file;
 pub mod tokenizer_files;

@@ -1,13 +1,56 @@
-//! `granite train`
+//! `granite train`: recipe and dataset to adapter.
 
-use anyhow::{Result, bail};
+use std::io::Write as _;
 
+use anyhow::Result;
+
+use crate::checkpoint::run::RunFolder;
 use crate::cli::TrainArgs;
+use crate::kernels::device;
+use crate::progress;
+use crate::recipe::Recipe;
+use crate::train::interrupt::Interrupt;
+use crate::train::plan::Plan;
+use crate::train::run::{RunOptions, Summary, run as train};
 
 /// Runs the subcommand.
 ///
 /// # Errors
-/// What went wrong.
-pub fn run(_args: &TrainArgs) -> Result<()> {
-    bail!("`granite train` is not built yet")
+/// What is wrong with the recipe, the base model, the dataset or the run's folder.
+pub fn run(args: &TrainArgs) -> Result<()> {
+    let recipe = Recipe::load(&args.recipe.recipe, &args.recipe.overrides)?;
+    let folder = RunFolder::of(&recipe, args.out.as_deref());
+    let plan = Plan::new(recipe)?;
+    if args.dry_run {
+        return print_plan(&plan, args.json);
+    }
+    progress::note(plan.figures.to_string().trim_end());
+    let options = RunOptions {
+        folder,
+        device: device::open(args.device)?,
+        resume: args.resume,
+        stop_after: args.stop_after,
+        interrupt: Interrupt::listen(),
+    };
+    let summary = train(plan, &options)?;
+    print_summary(&summary, args.json)
+}
+
+fn print_plan(plan: &Plan, json: bool) -> Result<()> {
+    let text = if json { serde_json::to_string_pretty(&plan.figures)? } else { plan.figures.to_string() };
+    writeln!(std::io::stdout(), "{}", text.trim_end())?;
+    Ok(())
+}
+
+fn print_summary(summary: &Summary, json: bool) -> Result<()> {
+    if json {
+        writeln!(std::io::stdout(), "{}", serde_json::to_string_pretty(summary)?)?;
+        return Ok(());
+    }
+    let speed = summary.tokens as f64 / summary.step_seconds.max(1e-9);
+    progress::note(format!("{} steps, {speed:.0} tokens/s: {}", summary.steps, summary.checkpoint.display()));
+    if !summary.finished {
+        progress::note("not all steps were taken: go on with `--resume`");
+    }
+    Ok(())
 }

@@ -1,1 +1,4 @@
 //! Where measurements go.
+
+pub mod event;
+pub mod jsonl;

@@ -1,1 +1,9 @@
 //! The training loop.
+
+pub mod interrupt;
+pub mod optimizer;
+pub mod order;
+pub mod plan;
+pub mod run;
+pub mod schedule;
+pub mod validate;

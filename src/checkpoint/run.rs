@@ -1,0 +1,166 @@
+//! The folder of a run: `recipe.toml`, `metrics.jsonl`, `step-000500/`, `merged/`.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context as _, Result};
+use serde::{Deserialize, Serialize};
+
+use super::adapter;
+use super::tensor_file::{self, NamedTensors};
+use crate::error::user_error;
+use crate::model::params::ParamSet;
+use crate::output::{self, Staged};
+use crate::recipe::{LoraSpec, Recipe};
+
+/// Where runs are kept.
+pub const RUNS: &str = "checkpoints/runs";
+/// The version of a checkpoint's files.
+const FORMAT_VERSION: u32 = 1;
+const STATE_FILE: &str = "state.json";
+const OPTIMIZER_FILE: &str = "optimizer.safetensors";
+const RECIPE_FILE: &str = "recipe.toml";
+
+/// A run's folder.
+#[derive(Debug, Clone)]
+pub struct RunFolder {
+    path: PathBuf,
+}
+
+/// What a checkpoint holds beside adapter and moments: enough to refuse what does not continue it.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct State {
+    /// See `FORMAT_VERSION`.
+    pub format_version: u32,
+    /// Optimiser steps taken.
+    pub step: u64,
+    /// Sum of the running epoch's losses and its supervised tokens.
+    pub epoch_loss: (f64, i64),
+    /// The choices that decide the numbers: recipe sections, dataset, base model.
+    pub identity: serde_json::Value,
+    /// Threads of the tensor library: another number may round differently.
+    pub threads: i32,
+}
+
+impl State {
+    /// The state after `step` steps.
+    pub fn new(step: u64, epoch_loss: (f64, i64), identity: serde_json::Value, threads: i32) -> Self {
+        Self { format_version: FORMAT_VERSION, step, epoch_loss, identity, threads }
+    }
+}
+
+impl RunFolder {
+    /// The folder of a recipe's run, or the one given.
+    pub fn of(recipe: &Recipe, given: Option<&Path>) -> Self {
+        Self { path: given.map_or_else(|| Path::new(RUNS).join(&recipe.name), Path::to_path_buf) }
+    }
+
+    /// Where it is.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// The run's measurements.
+    pub fn metrics(&self) -> PathBuf {
+        self.path.join("metrics.jsonl")
+    }
+
+    /// The folder of a step's checkpoint.
+    pub fn step(&self, step: u64) -> PathBuf {
+        self.path.join(format!("step-{step:06}"))
+    }
+
+    /// Begins a run: the folder must not hold one.
+    ///
+    /// # Errors
+    /// When it does, with both ways out, or cannot be written.
+    pub fn begin(&self, recipe: &Recipe) -> Result<()> {
+        if self.metrics().exists() || !self.checkpoints()?.is_empty() {
+            return Err(user_error(
+                format!("run folder `{}` holds a run already", self.path.display()),
+                "continue it with `--resume`, or start another: `--set name=NAME` or `--out FOLDER`",
+            ));
+        }
+        let text = toml::to_string(recipe).context("cannot write the recipe")?;
+        output::write_file(&self.path.join(RECIPE_FILE), text.as_bytes())
+    }
+
+    /// Steps of the whole checkpoints, ascending.
+    ///
+    /// # Errors
+    /// When the folder cannot be read.
+    pub fn checkpoints(&self) -> Result<Vec<u64>> {
+        let entries = match fs::read_dir(&self.path) {
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
+            other => other.with_context(|| format!("cannot read folder `{}`", self.path.display()))?,
+        };
+        let mut steps = Vec::new();
+        for entry in entries {
+            let name = entry?.file_name();
+            let step = name.to_str().and_then(|name| name.strip_prefix("step-")?.parse().ok());
+            steps.extend(step.filter(|step| self.step(*step).join(STATE_FILE).exists()));
+        }
+        steps.sort_unstable();
+        Ok(steps)
+    }
+
+    /// Writes a checkpoint, whole or not at all.
+    ///
+    /// # Errors
+    /// When it cannot be written.
+    pub fn save(
+        &self,
+        state: &State,
+        spec: &LoraSpec,
+        adapter: &ParamSet,
+        base: &str,
+        optimizer: &NamedTensors,
+    ) -> Result<()> {
+        let staged = Staged::folder(&self.step(state.step))?;
+        adapter::save(staged.path(), spec, adapter, base)?;
+        tensor_file::write(&staged.path().join(OPTIMIZER_FILE), optimizer)?;
+        let text = serde_json::to_string_pretty(state)? + "\n";
+        output::write_file(&staged.path().join(STATE_FILE), text.as_bytes())?;
+        staged.commit()
+    }
+
+    /// Reads a checkpoint's state.
+    ///
+    /// # Errors
+    /// When a file is missing or damaged, or of another version.
+    pub fn load_state(&self, step: u64) -> Result<State> {
+        let path = self.step(step).join(STATE_FILE);
+        let text = fs::read_to_string(&path).with_context(|| format!("cannot read `{}`", path.display()))?;
+        let state: State = serde_json::from_str(&text)
+            .with_context(|| format!("`{}` is no checkpoint's state", path.display()))?;
+        anyhow::ensure!(
+            state.format_version == FORMAT_VERSION,
+            "`{}` has format version {}, expected {FORMAT_VERSION}",
+            path.display(),
+            state.format_version
+        );
+        Ok(state)
+    }
+
+    /// Reads a checkpoint's moments.
+    ///
+    /// # Errors
+    /// When the file is missing or damaged.
+    pub fn load_optimizer(&self, step: u64) -> Result<NamedTensors> {
+        tensor_file::read(&self.step(step).join(OPTIMIZER_FILE))
+    }
+
+    /// Removes all but the newest `keep` checkpoints; at least one stays.
+    ///
+    /// # Errors
+    /// When one cannot be removed.
+    pub fn prune(&self, keep: usize) -> Result<()> {
+        let steps = self.checkpoints()?;
+        let surplus = steps.len().saturating_sub(keep.max(1));
+        for step in &steps[..surplus] {
+            let folder = self.step(*step);
+            fs::remove_dir_all(&folder).with_context(|| format!("cannot remove `{}`", folder.display()))?;
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,366 @@
+//! The loop: steps, validation, checkpoints; and how a run goes on from one.
+
+use std::path::PathBuf;
+use std::time::Instant;
+
+use anyhow::{Context as _, Result, bail};
+use indicatif::ProgressBar;
+use serde::Serialize;
+use serde_json::Value;
+use tch::Device;
+
+use super::interrupt::Interrupt;
+use super::optimizer::{AdamW, clip_grad_norm};
+use super::plan::Plan;
+use super::validate::{Validation, validate};
+use crate::checkpoint::run::{RunFolder, State};
+use crate::checkpoint::{adapter, nf4_cache};
+use crate::error::user_error;
+use crate::metrics::event::{Event, StepEvent};
+use crate::metrics::jsonl::JsonLines;
+use crate::model::batch::Batch;
+use crate::model::decoder::{Decoder, GradOptions, LoadOptions};
+use crate::model::params::ParamSet;
+use crate::progress;
+
+/// How to run a plan.
+#[derive(Debug)]
+pub struct RunOptions {
+    /// Where its files go.
+    pub folder: RunFolder,
+    /// Where to compute.
+    pub device: Device,
+    /// Go on from the newest checkpoint.
+    pub resume: bool,
+    /// Write a checkpoint after this step and end there.
+    pub stop_after: Option<u64>,
+    /// Ends the run at the next step boundary when asked.
+    pub interrupt: Interrupt,
+}
+
+/// What a run came to.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Summary {
+    /// The run's folder.
+    pub folder: PathBuf,
+    /// The newest checkpoint.
+    pub checkpoint: PathBuf,
+    /// Optimiser steps taken in all.
+    pub steps: u64,
+    /// Whether these are all steps of the plan.
+    pub finished: bool,
+    /// Mean training loss of the last step.
+    pub train_loss: Option<f64>,
+    /// Validation before the first step of this process, when there was one.
+    pub first_validation: Option<Validation>,
+    /// The last validation.
+    pub last_validation: Option<Validation>,
+    /// Tokens that went through training in this process.
+    pub tokens: i64,
+    /// Seconds of this process' steps, validation and saving left out.
+    pub step_seconds: f64,
+}
+
+/// Runs a plan to its end, to `stop_after`, or to an interrupt.
+///
+/// # Errors
+/// When a file cannot be read or written, the checkpoint is of another run, or a loss is not finite.
+pub fn run(mut plan: Plan, options: &RunOptions) -> Result<Summary> {
+    let resumed = options.resume.then(|| resume_point(&plan, &options.folder)).transpose()?;
+    if resumed.is_none() {
+        options.folder.begin(&plan.recipe)?;
+    }
+    plan.base = plan.base.with_nf4_cache(std::path::Path::new(nf4_cache::DEFAULT_FOLDER));
+    let load = LoadOptions { quantization: plan.recipe.model.quantization, device: options.device };
+    let mut decoder = Decoder::load(plan.base.tensors.as_ref(), &plan.base.config, &load)
+        .with_context(|| format!("cannot load model `{}`", plan.base.path.display()))?;
+    decoder.attach_lora(&plan.recipe.lora, plan.recipe.train.seed)?;
+    let mut training = Training::new(&plan, options, decoder)?;
+    if let Some(state) = resumed {
+        training.restore(state)?;
+    }
+    training.run()
+}
+
+/// The newest checkpoint's state, when it continues this plan.
+fn resume_point(plan: &Plan, folder: &RunFolder) -> Result<State> {
+    let Some(step) = folder.checkpoints()?.pop() else {
+        return Err(user_error(
+            format!("run folder `{}` holds no checkpoint to resume", folder.path().display()),
+            "start the run without `--resume`",
+        ));
+    };
+    let state = folder.load_state(step)?;
+    if let Some((field, saved, now)) = first_difference("", &state.identity, &plan.identity()) {
+        return Err(user_error(
+            format!(
+                "checkpoint `{}` was made with `{field}` = {saved}, now it is {now}",
+                folder.step(step).display()
+            ),
+            "resume with the recipe, dataset and base model of the run, or start another run with `--out FOLDER`",
+        ));
+    }
+    if state.threads != tch::get_num_threads() {
+        progress::note(format!(
+            "note: the run used {} threads, now there are {}: sums may round differently",
+            state.threads,
+            tch::get_num_threads()
+        ));
+    }
+    Ok(state)
+}
+
+/// The first field in which two identities differ, with both values.
+fn first_difference(path: &str, saved: &Value, now: &Value) -> Option<(String, Value, Value)> {
+    let (Value::Object(old), Value::Object(new)) = (saved, now) else {
+        return (saved != now).then(|| (path.to_string(), saved.clone(), now.clone()));
+    };
+    let names = old.keys().chain(new.keys().filter(|name| !old.contains_key(*name)));
+    for name in names {
+        let below = if path.is_empty() { name.clone() } else { format!("{path}.{name}") };
+        let value = |map: &serde_json::Map<String, Value>| map.get(name).cloned().unwrap_or(Value::Null);
+        if let Some(found) = first_difference(&below, &value(old), &value(new)) {
+            return Some(found);
+        }
+    }
+    None
+}
+
+struct Training<'a> {
+    plan: &'a Plan,
+    options: &'a RunOptions,
+    decoder: Decoder,
+    optimizer: AdamW,
+    gradients: ParamSet,
+    metrics: Option<JsonLines>,
+    /// Steps taken.
+    step: u64,
+    /// Sum of losses and supervised tokens of the running epoch.
+    epoch_loss: (f64, i64),
+    /// The step of the newest checkpoint.
+    saved: Option<u64>,
+    summary: Summary,
+}
+
+impl<'a> Training<'a> {
+    fn new(plan: &'a Plan, options: &'a RunOptions, decoder: Decoder) -> Result<Self> {
+        let adapters = decoder.adapters().context("the decoder took no adapter")?;
+        let folder = options.folder.path().to_path_buf();
+        Ok(Self {
+            optimizer: AdamW::new(adapters, &plan.recipe.train),
+            gradients: adapters.zeros_like(),
+            plan,
+            options,
+            decoder,
+            metrics: None,
+            step: 0,
+            epoch_loss: (0.0, 0),
+            saved: None,
+            summary: Summary {
+                checkpoint: folder.clone(),
+                folder,
+                steps: 0,
+                finished: false,
+                train_loss: None,
+                first_validation: None,
+                last_validation: None,
+                tokens: 0,
+                step_seconds: 0.0,
+            },
+        })
+    }
+
+    fn restore(&mut self, state: State) -> Result<()> {
+        let folder = self.options.folder.step(state.step);
+        let saved = adapter::load(&folder)?;
+        let adapters = self.decoder.adapters().context("the decoder took no adapter")?;
+        let in_folder = || format!("checkpoint `{}`", folder.display());
+        saved.copy_into(adapters).with_context(in_folder)?;
+        self.decoder.adapters_changed();
+        self.optimizer.restore(&self.options.folder.load_optimizer(state.step)?).with_context(in_folder)?;
+        self.step = state.step;
+        self.epoch_loss = state.epoch_loss;
+        self.saved = Some(state.step);
+        progress::note(format!("resuming after step {} of {}", state.step, self.plan.steps));
+        Ok(())
+    }
+
+    fn run(mut self) -> Result<Summary> {
+        self.metrics = Some(JsonLines::after(&self.options.folder.metrics(), self.step)?);
+        if self.step == 0 {
+            self.validate()?;
+            self.summary.first_validation.clone_from(&self.summary.last_validation);
+        }
+        let bar = progress::bar(self.plan.steps, "train", "steps");
+        bar.set_position(self.step);
+        bar.reset_eta();
+        let stop = self.options.stop_after.unwrap_or(u64::MAX).min(self.plan.steps);
+        while self.step < stop && !self.options.interrupt.is_asked() {
+            self.take_step(&bar)?;
+            self.after_step(stop)?;
+        }
+        bar.finish_and_clear();
+        self.finish()
+    }
+
+    /// One optimiser step over its micro-batches.
+    fn take_step(&mut self, bar: &ProgressBar) -> Result<()> {
+        let begun = Instant::now();
+        let batches = self.batches();
+        let supervised: i64 = batches.iter().map(|batch| batch.supervised).sum();
+        let tokens: i64 = batches.iter().map(Batch::tokens).sum();
+        let sum = self.accumulate(&batches, supervised)?;
+        let loss = sum / supervised.max(1) as f64;
+        let grad_norm = clip_grad_norm(&self.gradients, self.plan.recipe.train.max_grad_norm);
+        self.check_finite(loss, grad_norm)?;
+        let lr = self.plan.rate.at(self.step);
+        let adapters = self.decoder.adapters().context("the decoder took no adapter")?;
+        self.optimizer.step(adapters, &self.gradients, lr, self.step + 1);
+        self.decoder.adapters_changed();
+        self.step += 1;
+        self.epoch_loss = (self.epoch_loss.0 + sum, self.epoch_loss.1 + supervised);
+        let seconds = begun.elapsed().as_secs_f64();
+        self.summary.tokens += tokens;
+        self.summary.step_seconds += seconds;
+        self.summary.train_loss = Some(loss);
+        let epoch = self.step as f64 / self.plan.order.steps_per_epoch() as f64;
+        let event = StepEvent {
+            step: self.step,
+            epoch,
+            loss,
+            lr,
+            grad_norm,
+            tokens,
+            supervised_tokens: supervised,
+            seconds,
+        };
+        self.tell(&event, bar);
+        self.record(&Event::Step(event))
+    }
+
+    fn batches(&self) -> Vec<Batch> {
+        let order = self.plan.order.step(self.step);
+        let device = self.options.device;
+        order
+            .iter()
+            .map(|rows| Batch::pack(rows.iter().flat_map(|row| &self.plan.train[*row].sequences), device))
+            .collect()
+    }
+
+    /// Gradients of the mean loss over all supervised tokens of the step; gives the sum of the losses.
+    fn accumulate(&mut self, batches: &[Batch], supervised: i64) -> Result<f64> {
+        let _ = self.gradients.flat().shallow_clone().zero_();
+        let mut sum = 0.0;
+        for (index, batch) in batches.iter().enumerate() {
+            let options = GradOptions {
+                scale: 1.0 / supervised.max(1) as f64,
+                seed: self.plan.recipe.train.seed,
+                microbatch: self.step * self.plan.recipe.train.accumulation as u64 + index as u64,
+            };
+            sum += self.decoder.loss_and_grad(batch, &options, &mut self.gradients)?.sum();
+        }
+        Ok(sum)
+    }
+
+    /// A step on such numbers would spoil the adapter; the last checkpoint is whole.
+    fn check_finite(&self, loss: f64, grad_norm: f64) -> Result<()> {
+        if loss.is_finite() && grad_norm.is_finite() {
+            return Ok(());
+        }
+        let what = if loss.is_finite() {
+            format!("gradient norm is {grad_norm}")
+        } else {
+            format!("loss is {loss}")
+        };
+        let kept = self.saved.map_or_else(
+            || "no checkpoint was written before".to_string(),
+            |step| format!("the checkpoint of step {step} stays"),
+        );
+        Err(user_error(
+            format!("step {}: the {what}; {kept}", self.step + 1),
+            "lower `train.lr`, lengthen `train.warmup`, or look at the step's rows for damaged text",
+        ))
+    }
+
+    fn after_step(&mut self, stop: u64) -> Result<()> {
+        let spec = &self.plan.recipe.train;
+        let per_epoch = self.plan.order.steps_per_epoch();
+        let epoch_ends = self.step.is_multiple_of(per_epoch);
+        let due = |every: u64| if every == 0 { epoch_ends } else { self.step.is_multiple_of(every) };
+        let ends = self.step == self.plan.steps;
+        let (validates, saves) = (due(spec.eval_every) || ends, due(spec.save_every) || self.step == stop);
+        if epoch_ends {
+            let (sum, tokens) = std::mem::take(&mut self.epoch_loss);
+            let event = Event::Epoch {
+                epoch: self.step / per_epoch,
+                step: self.step,
+                loss: sum / tokens.max(1) as f64,
+            };
+            self.record(&event)?;
+        }
+        if validates {
+            self.validate()?;
+        }
+        if saves {
+            self.save()?;
+        }
+        Ok(())
+    }
+
+    fn validate(&mut self) -> Result<()> {
+        let names = self.plan.dataset.source_names();
+        let Some(validation) = validate(&self.decoder, &self.plan.validation, &names)? else { return Ok(()) };
+        let step = self.step;
+        let all = validation.all;
+        let by_source: Vec<String> =
+            validation.sources.iter().map(|(name, one)| format!("{name} {:.4}", one.loss)).collect();
+        progress::note(format!("step {step}: validation loss {:.4} ({})", all.loss, by_source.join(", ")));
+        let sources = validation.sources.iter().map(|(name, one)| (name.clone(), one.loss)).collect();
+        self.summary.last_validation = Some(validation);
+        self.record(&Event::Validation {
+            step,
+            loss: all.loss,
+            perplexity: all.perplexity,
+            tokens: all.tokens,
+            sources,
+        })
+    }
+
+    fn save(&mut self) -> Result<()> {
+        let adapters = self.decoder.adapters().context("the decoder took no adapter")?;
+        let state = State::new(self.step, self.epoch_loss, self.plan.identity(), tch::get_num_threads());
+        let (lora, base) = (&self.plan.recipe.lora, &self.plan.recipe.model.base);
+        self.options.folder.save(&state, lora, adapters, base, &self.optimizer.state())?;
+        self.saved = Some(self.step);
+        self.options.folder.prune(self.plan.recipe.train.keep_last)
+    }
+
+    fn finish(mut self) -> Result<Summary> {
+        if self.saved != Some(self.step) && self.step > 0 {
+            self.save()?;
+        }
+        let Some(saved) = self.saved else { bail!("the training was ended before its first step") };
+        self.summary.steps = self.step;
+        self.summary.finished = self.step == self.plan.steps;
+        self.summary.checkpoint = self.options.folder.step(saved);
+        Ok(self.summary)
+    }
+
+    fn record(&mut self, event: &Event) -> Result<()> {
+        self.metrics.as_mut().map_or(Ok(()), |metrics| metrics.record(event))
+    }
+
+    fn tell(&self, event: &StepEvent, bar: &ProgressBar) {
+        bar.inc(1);
+        bar.set_message(format!("loss {:.4}", event.loss));
+        if self.plan.recipe.metrics.console {
+            let StepEvent { step, loss, lr, grad_norm, tokens, seconds, .. } = event;
+            let speed = *tokens as f64 / seconds;
+            let line = format!(
+                "step {step}/{}  loss {loss:.4}  lr {lr:.2e}  grad norm {grad_norm:.3}  {speed:.0} tokens/s",
+                self.plan.steps
+            );
+            bar.suspend(|| progress::note(line));
+        }
+    }
+}
