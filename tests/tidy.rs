@@ -21,6 +21,7 @@ const LONG_FILES: &[(&str, &str)] = &[];
 const UNSAFE_PLACES: &[(&str, &str)] = &[
     ("src/kernels/", "launching kernels, and the C interfaces of libtorch, CUDA and bitsandbytes"),
     ("cuda/bitsandbytes-sys/", "generated declarations"),
+    ("src/checkpoint/mapped.rs", "the one memory map of a file"),
 ];
 /// Names that say nothing about what is inside.
 const EMPTY_NAMES: &[&str] = &["common", "helper", "helpers", "manager", "misc", "util", "utils"];
@@ -495,22 +496,33 @@ fn no_path_of_one_machine() {
 
 // --- kernels, recipes, scripts ---
 
-/// Every kernel file has its launcher and twin, and a test against the twin.
-fn kernels_without_twin(paths: &BTreeSet<&str>) -> Vec<String> {
-    let stems = paths.iter().filter_map(|path| path.strip_prefix("cuda/")?.strip_suffix(".cu"));
-    let wanted = stems
-        .filter(|stem| !stem.contains('/'))
-        .flat_map(|stem| [format!("src/kernels/{stem}.rs"), format!("tests/kernels/{stem}.rs")]);
-    let missing = wanted.filter(|file| !paths.contains(file.as_str()));
-    missing.map(|file| format!("a kernel in cuda/ has no {file}")).collect()
+/// Every kernel file has its launcher and twin in a file of the same name, and a test under tests/kernels that names it.
+fn kernels_without_twin(files: &BTreeMap<&str, &str>) -> Vec<String> {
+    let stems = files.keys().filter_map(|path| path.strip_prefix("cuda/")?.strip_suffix(".cu"));
+    let mut complaints = Vec::new();
+    for stem in stems.filter(|stem| !stem.contains('/')) {
+        if !files.contains_key(format!("src/kernels/{stem}.rs").as_str()) {
+            complaints.push(format!("cuda/{stem}.cu has no src/kernels/{stem}.rs"));
+        }
+        let mut tests = files.iter().filter(|(path, _)| path.starts_with("tests/kernels/"));
+        if !tests.any(|(_, text)| !word_starts(text, stem).is_empty()) {
+            complaints.push(format!("cuda/{stem}.cu: no test under tests/kernels names `{stem}`"));
+        }
+    }
+    complaints
 }
 
 #[test]
 fn every_kernel_has_a_twin_and_a_test() {
     let files = files();
-    none(&kernels_without_twin(&files.iter().map(|file| file.path.as_str()).collect()));
-    assert_eq!(kernels_without_twin(&["cuda/nf4.cu", "src/kernels/nf4.rs"].into()).len(), 1);
-    assert_eq!(kernels_without_twin(&["cuda/nf4.cu", "cuda/shim/x.cu"].into()).len(), 2);
+    let texts = files.iter().map(|file| (file.path.as_str(), file.text.as_deref().unwrap_or_default()));
+    none(&kernels_without_twin(&texts.collect()));
+    let complaints =
+        |files: &[(&'static str, &'static str)]| kernels_without_twin(&files.iter().copied().collect());
+    let (kernel, twin) = (("cuda/nf4.cu", ""), ("src/kernels/nf4.rs", ""));
+    assert_eq!(complaints(&[kernel, ("cuda/shim/x.cu", "")]).len(), 2);
+    assert_eq!(complaints(&[kernel, twin, ("tests/kernels/gpu.rs", "rope nf42")]).len(), 1);
+    assert_eq!(complaints(&[kernel, twin, ("tests/kernels/gpu.rs", "use nf4::f;")]).len(), 0);
 }
 
 fn broken_recipe(path: &str, text: &str) -> Vec<String> {

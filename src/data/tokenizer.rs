@@ -494,7 +494,7 @@ mod tests {
         assert!(!is_straddled(&(3..9), &spans));
         assert!(is_straddled(&(4..9), &spans));
         assert!(is_straddled(&(3..7), &spans));
-        assert_eq!(mask(&[3..6], &spans), [false, true, false]);
+        assert_eq!(mask(std::slice::from_ref(&(3..6)), &spans), [false, true, false]);
     }
 
     #[test]

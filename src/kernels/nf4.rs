@@ -191,7 +191,7 @@ fn check_shape(weight: &Tensor) -> Result<[i64; 2]> {
         size.as_slice().try_into().ok().with_context(|| format!("NF4 takes a matrix, got shape {size:?}"))?;
     let elements = weight.numel();
     ensure!(
-        elements > 0 && elements % BLOCK == 0,
+        elements > 0 && elements.is_multiple_of(BLOCK),
         "NF4 takes a multiple of {BLOCK} weights, got shape {size:?}"
     );
     Ok(shape)
