@@ -2,6 +2,7 @@
 
 pub mod adapter;
 pub mod base;
+pub mod export;
 pub mod fingerprint;
 pub mod gguf;
 pub mod hub;

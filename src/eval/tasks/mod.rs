@@ -1,1 +1,3 @@
-//! p
+//! Tasks: questions with answers that a program can check.
+
+pub mod spider;
