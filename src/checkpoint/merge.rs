@@ -164,11 +164,13 @@ fn merge_one(
         anyhow::Ok(tensor.to_device(options.device))
     };
     // Products of f32 on a GPU may be rounded to 10 bits (TF32); this is computed once, so in f64.
-    let update = part('B')?.to_kind(Kind::Double).matmul(&part('A')?.to_kind(Kind::Double)) * adapter.spec.scale();
+    let update =
+        part('B')?.to_kind(Kind::Double).matmul(&part('A')?.to_kind(Kind::Double)) * adapter.spec.scale();
     let exact = &weight + update.to_kind(Kind::Float);
     let stored = exact.to_kind(options.dtype);
     let size = norm(&weight).max(f64::MIN_POSITIVE);
-    let step = Step { update: norm(&update) / size, rounding: norm(&(stored.to_kind(Kind::Float) - exact)) / size };
+    let step =
+        Step { update: norm(&update) / size, rounding: norm(&(stored.to_kind(Kind::Float) - exact)) / size };
     Ok(MergedWeight { weight: stored, step: Some(step) })
 }
 
@@ -177,7 +179,8 @@ fn norm(tensor: &Tensor) -> f64 {
 }
 
 fn summary(projection: Projection, steps: &[(usize, Step)]) -> UpdateSize {
-    let mean = |of: fn(&Step) -> f64| steps.iter().map(|(_, step)| of(step)).sum::<f64>() / steps.len() as f64;
+    let mean =
+        |of: fn(&Step) -> f64| steps.iter().map(|(_, step)| of(step)).sum::<f64>() / steps.len() as f64;
     let largest = steps.iter().max_by(|a, b| a.1.update.total_cmp(&b.1.update));
     UpdateSize {
         projection: projection.name().to_string(),

@@ -8,6 +8,7 @@ pub mod gguf;
 pub mod hub;
 pub mod hugging_face;
 mod mapped;
+pub mod merge;
 pub mod nf4_cache;
 pub mod open;
 pub mod run;

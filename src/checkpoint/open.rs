@@ -15,6 +15,11 @@ use crate::recipe::{Quantization, Recipe};
 /// The folder of a run that `granite merge` writes.
 pub const MERGED: &str = "merged";
 
+/// Where a recipe's run lies when nothing else is said.
+pub fn run_folder(recipe: &Recipe) -> PathBuf {
+    Path::new("checkpoints/runs").join(&recipe.name)
+}
+
 /// Which model of a run.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum ModelChoice {

@@ -1,5 +1,28 @@
-//! What `granite eval` measures, on real questions where they are at hand and on small ones in any case.
+//! What `granite eval` and `granite merge` measure and write, on tiny models and, where they are at hand, real questions.
 
 #![expect(clippy::unwrap_used, reason = "a test says what failed by panicking")]
 
+mod merge;
+mod perplexity;
 mod spider;
+
+use std::path::{Path, PathBuf};
+
+use granite::checkpoint::base::BaseModel;
+use granite::model::decoder::{Decoder, LoadOptions};
+use granite::recipe::Quantization;
+use tch::Device;
+
+/// The folder of a tiny model with an adapter whose `B` is not zero.
+fn fixture(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures").join(name)
+}
+
+fn open(folder: &Path) -> BaseModel {
+    BaseModel::open(folder.to_str().unwrap()).unwrap()
+}
+
+fn load(base: &BaseModel, quantization: Quantization) -> Decoder {
+    Decoder::load(base.tensors.as_ref(), &base.config, &LoadOptions { quantization, device: Device::Cpu })
+        .unwrap()
+}
