@@ -107,12 +107,11 @@ fn open_base(recipe: &Recipe, device: Device) -> Result<OpenModel> {
 }
 
 fn open_adapter(recipe: &Recipe, folder: &Path, device: Device) -> Result<OpenModel> {
-    // Read first: a damaged adapter is told before minutes are spent on the base model.
     let adapter = adapter::load(folder)?;
     let mut model = open_base(recipe, device)?;
     adapter.apply(&mut model.decoder)?;
-    let name = folder.file_name().map_or_else(|| folder.to_string_lossy(), |name| name.to_string_lossy());
-    model.label = format!("adapter {name}");
+    let step = folder.file_name().unwrap_or(folder.as_os_str());
+    model.label = format!("adapter {}", step.display());
     Ok(model)
 }
 

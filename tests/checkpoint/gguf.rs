@@ -2,7 +2,6 @@
 
 use granite::checkpoint::base::BaseModel;
 use granite::checkpoint::gguf::{BlockType, GgufFile};
-use granite::kernels::host;
 use granite::model::config::Architecture;
 use safetensors::SafeTensors;
 use serde_json::Value;
