@@ -37,19 +37,12 @@ def last_logits(model, ids: list[list[int]]) -> list[torch.Tensor]:
         return [model(input_ids=torch.tensor([row]), use_cache=False).logits[0, -1].double() for row in ids]
 
 
-def main() -> None:
-    path = Path(sys.argv[1])
-    source = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
-    tokenizer = AutoTokenizer.from_pretrained(**source)
-    model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32, attn_implementation="eager").eval()
-    ids = [tokenizer(prompt, add_special_tokens=False)["input_ids"] for prompt in PROMPTS]
-    single = last_logits(model, ids)
-    model.set_attn_implementation("exact")
-    double = last_logits(lift_to_float64(model), ids)
-    prompts = []
-    for prompt, row, rough, logits in zip(PROMPTS, ids, single, double):
+def reference(prompts: list[str], ids: list[list[int]], single: list, double: list) -> dict:
+    """What tests/model/peft_files.rs reads: parts of the float64 logits, and how far the float32 ones are off."""
+    out = []
+    for prompt, row, rough, logits in zip(prompts, ids, single, double, strict=True):
         top = logits.topk(20)
-        prompts.append(
+        out.append(
             {
                 "prompt": prompt,
                 "input_ids": row,
@@ -60,8 +53,20 @@ def main() -> None:
                 "error": (rough - logits).abs().max().item(),
             }
         )
-    FIXTURE.write_text(json.dumps({"fixed_ids": FIXED, "prompts": prompts}, indent=1) + "\n")
-    print(f"{FIXTURE}: largest float32 error {max(p['error'] for p in prompts):.2e}", file=sys.stderr)
+    return {"fixed_ids": FIXED, "prompts": out}
+
+
+def main() -> None:
+    path = Path(sys.argv[1])
+    source = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
+    tokenizer = AutoTokenizer.from_pretrained(**source)
+    model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32, attn_implementation="eager").eval()
+    ids = [tokenizer(prompt, add_special_tokens=False)["input_ids"] for prompt in PROMPTS]
+    single = last_logits(model, ids)
+    model.set_attn_implementation("exact")
+    written = reference(PROMPTS, ids, single, last_logits(lift_to_float64(model), ids))
+    FIXTURE.write_text(json.dumps(written, indent=1) + "\n")
+    print(f"{FIXTURE}: largest float32 error {max(p['error'] for p in written['prompts']):.2e}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,6 @@ mod fixture;
 mod misuse;
 mod oracle;
 mod packing;
-mod smollm2;
+mod peft_files;
 mod tolerance;
 mod twin;
