@@ -413,6 +413,8 @@ pub struct ServeSpec {
     pub max_tokens: usize,
     /// Requests that may wait; one more is answered 429.
     pub queue: usize,
+    /// Longest prompt and answer together in tokens, when shorter than the model's own: it bounds the memory of a request.
+    pub context: usize,
 }
 
 impl Default for ServeSpec {
@@ -427,6 +429,7 @@ impl Default for ServeSpec {
             top_k: 4,
             max_tokens: 256,
             queue: 32,
+            context: 4096,
         }
     }
 }
