@@ -2,6 +2,7 @@
 
 mod bitsandbytes;
 mod build;
+mod doctor;
 mod gpu;
 
 use std::io::Write as _;
