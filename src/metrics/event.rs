@@ -47,6 +47,8 @@ pub struct StepEvent {
     pub lr: f64,
     /// Norm of the gradient before clipping.
     pub grad_norm: f64,
+    /// The dataset's training rows that the step saw, in order.
+    pub rows: Vec<usize>,
     /// Tokens that went through the model.
     pub tokens: i64,
     /// Of these, supervised.

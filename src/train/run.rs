@@ -18,7 +18,7 @@ use crate::checkpoint::{adapter, nf4_cache};
 use crate::error::user_error;
 use crate::metrics::event::{Event, StepEvent};
 use crate::metrics::jsonl::JsonLines;
-use crate::model::batch::Batch;
+use crate::model::batch::{Batch, Sequence};
 use crate::model::decoder::{Decoder, GradOptions, LoadOptions};
 use crate::model::params::ParamSet;
 use crate::progress;
@@ -206,7 +206,8 @@ impl<'a> Training<'a> {
     /// One optimiser step over its micro-batches.
     fn take_step(&mut self, bar: &ProgressBar) -> Result<()> {
         let begun = Instant::now();
-        let batches = self.batches();
+        let order = self.plan.order.step(self.step);
+        let batches = self.batches(&order);
         let supervised: i64 = batches.iter().map(|batch| batch.supervised).sum();
         let tokens: i64 = batches.iter().map(Batch::tokens).sum();
         let sum = self.accumulate(&batches, supervised)?;
@@ -230,6 +231,7 @@ impl<'a> Training<'a> {
             loss,
             lr,
             grad_norm,
+            rows: order.concat(),
             tokens,
             supervised_tokens: supervised,
             seconds,
@@ -238,13 +240,11 @@ impl<'a> Training<'a> {
         self.record(&Event::Step(event))
     }
 
-    fn batches(&self) -> Vec<Batch> {
-        let order = self.plan.order.step(self.step);
-        let device = self.options.device;
-        order
-            .iter()
-            .map(|rows| Batch::pack(rows.iter().flat_map(|row| &self.plan.train[*row].sequences), device))
-            .collect()
+    fn batches(&self, order: &[Vec<usize>]) -> Vec<Batch> {
+        let sequences = |rows: &[usize]| -> Vec<&Sequence> {
+            rows.iter().flat_map(|row| &self.plan.train[*row].sequences).collect()
+        };
+        order.iter().map(|rows| Batch::pack(sequences(rows), self.options.device)).collect()
     }
 
     /// Gradients of the mean loss over all supervised tokens of the step; gives the sum of the losses.
