@@ -84,7 +84,7 @@ pub fn newest_checkpoint(run_folder: &Path) -> Result<PathBuf> {
     let none = || {
         user_error(
             format!("run folder `{}` holds no checkpoint", run_folder.display()),
-            "train first, or name an adapter's folder with `--model FOLDER`",
+            "train first, or name the folder of an adapter",
         )
     };
     let entries = std::fs::read_dir(run_folder).map_err(|_| none())?;

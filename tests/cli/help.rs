@@ -1,0 +1,14 @@
+//! Help of the program and of every subcommand.
+
+use std::path::Path;
+
+use super::granite;
+
+#[test]
+fn help_of_the_program_and_of_every_subcommand() {
+    let here = Path::new(env!("CARGO_MANIFEST_DIR"));
+    insta::assert_snapshot!("granite", granite(here, &["--help"]));
+    for command in ["prepare", "train", "merge", "eval", "serve", "doctor"] {
+        insta::assert_snapshot!(command, granite(here, &[command, "--help"]));
+    }
+}
