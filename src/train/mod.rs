@@ -4,6 +4,7 @@ pub mod interrupt;
 pub mod optimizer;
 pub mod order;
 pub mod plan;
+pub mod report;
 pub mod run;
 pub mod schedule;
 pub mod validate;

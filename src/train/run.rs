@@ -12,6 +12,7 @@ use tch::Device;
 use super::interrupt::Interrupt;
 use super::optimizer::{AdamW, clip_grad_norm};
 use super::plan::Plan;
+use super::report;
 use super::validate::{Validation, validate};
 use crate::checkpoint::run::{RunFolder, State};
 use crate::checkpoint::{adapter, nf4_cache};
@@ -312,6 +313,12 @@ impl<'a> Training<'a> {
         let Some(validation) = validate(&self.decoder, &self.plan.validation, &names)? else { return Ok(()) };
         let step = self.step;
         let all = validation.all;
+        if !all.loss.is_finite() {
+            return Err(user_error(
+                format!("step {step}: the validation loss is {}", all.loss),
+                "lower `train.lr` if it happens after some steps; at step 0 the base model's weights or the held-out rows are damaged",
+            ));
+        }
         let by_source: Vec<String> =
             validation.sources.iter().map(|(name, one)| format!("{name} {:.4}", one.loss)).collect();
         progress::note(format!("step {step}: validation loss {:.4} ({})", all.loss, by_source.join(", ")));
@@ -340,6 +347,7 @@ impl<'a> Training<'a> {
             self.save()?;
         }
         let Some(saved) = self.saved else { bail!("the training was ended before its first step") };
+        report::write(&self.options.folder, &self.plan.recipe.name)?;
         self.summary.steps = self.step;
         self.summary.finished = self.step == self.plan.steps;
         self.summary.checkpoint = self.options.folder.step(saved);

@@ -24,7 +24,8 @@ pub struct MeanLoss {
 impl MeanLoss {
     fn new(sum: f64, tokens: i64) -> Self {
         let loss = sum / tokens as f64;
-        Self { loss, perplexity: loss.exp(), tokens }
+        // JSON has no infinity: a line of `metrics.jsonl` with one could not be read again.
+        Self { loss, perplexity: loss.exp().min(f64::MAX), tokens }
     }
 }
 
