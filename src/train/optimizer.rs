@@ -2,7 +2,9 @@
 //!
 //! Tensor operations on any device. The 8-bit form is bitsandbytes': blocks of 256 within a parameter, the signed
 //! dynamic code for the first moment and the unsigned one for the second, 32-bit moments for parameters below
-//! 4,096 elements; the update uses the moments before they are rounded.
+//! 4,096 elements; the update uses the moments before they are rounded. As in its CPU form (and in torch), weights
+//! decay before the update, and a moment takes the nearest level. Zero is a level, so no moment changes its sign; its
+//! CUDA kernel goes further and moves negative moments that round to zero to the level below.
 
 use anyhow::{Context as _, Result, ensure};
 use tch::{Device, Kind, Tensor};
@@ -189,8 +191,7 @@ impl Held {
                 let scale = blocked.abs().amax([1i64].as_slice(), true); // [blocks, 1]
                 // A block of zeros has no scale; any positive divisor gives the code of zero.
                 let divisor = scale.where_self(&scale.gt(0.0), &scale.ones_like());
-                let nearest = code.nearest(&unblock(&(blocked / divisor), moment.size()[0]), &moment);
-                codes.copy_(&nearest);
+                codes.copy_(&code.nearest(&unblock(&(blocked / divisor), moment.size()[0])));
                 absmax.copy_(&scale.squeeze_dim(1));
             }
         }
@@ -204,13 +205,9 @@ impl Code {
         Self { levels, midpoints }
     }
 
-    /// The code nearest to each of `normed` in [-1, 1], with the sign of `moment`: rounding may not turn an update round.
-    fn nearest(&self, normed: &Tensor, moment: &Tensor) -> Tensor {
-        let codes = normed.bucketize(&self.midpoints, false, false); // [len] i64
-        let rounded = self.levels.index_select(0, &codes);
-        let up = rounded.lt(0.0).logical_and(&moment.gt(0.0)).to_kind(Kind::Int64);
-        let down = rounded.gt(0.0).logical_and(&moment.lt(0.0)).to_kind(Kind::Int64);
-        (codes + up - down).to_kind(Kind::Uint8)
+    /// The code nearest to each of `normed` in [-1, 1], the lower one of two as near.
+    fn nearest(&self, normed: &Tensor) -> Tensor {
+        normed.bucketize(&self.midpoints, false, false).to_kind(Kind::Uint8)
     }
 }
 

@@ -238,7 +238,7 @@ fn figures(events: &[Event]) -> String {
     };
     let steps =
         events.iter().filter_map(|event| if let Event::Step(step) = event { Some(step) } else { None });
-    if let Some(last) = steps.clone().last() {
+    if let Some(last) = steps.clone().next_back() {
         row("steps", last.step.to_string());
         row("epochs", format!("{:.2}", last.epoch));
         row("tokens", steps.clone().map(|step| step.tokens).sum::<i64>().to_string());
