@@ -210,7 +210,7 @@ pub struct DoctorArgs {
     pub kernels: bool,
 
     /// The folder of bitsandbytes' libraries, when they lie neither beside the program nor beside libtorch.
-    #[arg(long, value_name = "FOLDER", env = "GRANITE_BITSANDBYTES")]
+    #[arg(long, value_name = "FOLDER", env = "GRANITE_BITSANDBYTES", hide_env_values = true)]
     pub bitsandbytes: Option<PathBuf>,
 
     /// Print the findings as JSON.

@@ -41,10 +41,10 @@ fn an_adapter_that_we_wrote() {
     for fixture in fixture::all() {
         let decoder = fixture.adapted(Quantization::None, 0.0);
         let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("adapter");
-        adapter::save(&path, &fixture.lora(), decoder.adapters().unwrap(), fixture.name).unwrap();
+        let path = folder.path();
+        adapter::save(path, &fixture.lora(), decoder.adapters().unwrap(), fixture.name).unwrap();
         let mut again = fixture.decoder(Quantization::None);
-        adapter::load(&path).unwrap().apply(&mut again).unwrap();
+        adapter::load(path).unwrap().apply(&mut again).unwrap();
         assert_same(fixture.name, again.adapters().unwrap().flat(), decoder.adapters().unwrap().flat());
     }
 }

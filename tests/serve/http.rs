@@ -107,7 +107,9 @@ async fn every_refusal_is_json() {
     let json_type = [("content-type", "application/json")];
     let too_large = format!("{{\"query\": \"{}\"}}", "x".repeat(BODY_BYTES));
     let deep = "[".repeat(10_000);
-    let cases: [(&str, &str, &[(&str, &str)], &str, StatusCode, &str); 9] = [
+    /// Method, route, headers, body; status and what the message says.
+    type Refusal<'a> = (&'a str, &'a str, &'a [(&'a str, &'a str)], &'a str, StatusCode, &'a str);
+    let cases: [Refusal<'_>; 9] = [
         ("GET", "/no/such/route", &[], "", StatusCode::NOT_FOUND, "there is no route `/no/such/route`"),
         ("GET", "/query", &[], "", StatusCode::METHOD_NOT_ALLOWED, "`/query` does not answer GET"),
         ("POST", "/query", &[], "{}", StatusCode::UNSUPPORTED_MEDIA_TYPE, "content-type: application/json"),
