@@ -81,8 +81,25 @@ impl RunFolder {
                 "continue it with `--resume`, or start another: `--set name=NAME` or `--out FOLDER`",
             ));
         }
+        self.begin_again(recipe)
+    }
+
+    /// Begins the run of a folder that holds no checkpoint from its first step, whatever it measured before.
+    ///
+    /// # Errors
+    /// When the folder cannot be written.
+    pub fn begin_again(&self, recipe: &Recipe) -> Result<()> {
+        let metrics = self.metrics();
+        if metrics.exists() {
+            fs::remove_file(&metrics).with_context(|| format!("cannot remove `{}`", metrics.display()))?;
+        }
         let text = toml::to_string(recipe).context("cannot write the recipe")?;
         output::write_file(&self.path.join(RECIPE_FILE), text.as_bytes())
+    }
+
+    /// Whether a run was begun here.
+    pub fn is_begun(&self) -> bool {
+        self.path.join(RECIPE_FILE).exists()
     }
 
     /// Steps of the whole checkpoints, ascending.

@@ -1,6 +1,7 @@
 //! Reading a recipe: overrides are laid over the text's table, then everything is checked at once.
 
 use std::fs;
+use std::ops::RangeInclusive;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
@@ -101,7 +102,8 @@ impl Recipe {
     }
 
     fn check(&self, path: &Path) -> Result<(), RecipeError> {
-        let rules: [(&'static str, String, bool, &'static str); 11] = [
+        let (lora, train) = (&self.lora, &self.train);
+        let rules: [(&'static str, String, bool, &'static str); 17] = [
             (
                 "name",
                 format!("`{}`", self.name),
@@ -111,8 +113,8 @@ impl Recipe {
             (
                 "data.sequence_length",
                 self.data.sequence_length.to_string(),
-                self.data.sequence_length >= 16,
-                "16 or more",
+                (16..=1 << 20).contains(&self.data.sequence_length),
+                "16 to 1048576",
             ),
             (
                 "data.validation_fraction",
@@ -120,7 +122,8 @@ impl Recipe {
                 (0.0..1.0).contains(&self.data.validation_fraction),
                 "a number in [0, 1)",
             ),
-            ("lora.rank", self.lora.rank.to_string(), self.lora.rank >= 1, "1 or more"),
+            ("lora.rank", lora.rank.to_string(), COUNTS.contains(&lora.rank), "1 to 65536"),
+            ("lora.alpha", lora.alpha.to_string(), lora.alpha.is_finite(), "a number"),
             (
                 "lora.dropout",
                 self.lora.dropout.to_string(),
@@ -133,26 +136,46 @@ impl Recipe {
                 !self.lora.targets.is_empty(),
                 "at least one projection",
             ),
-            ("train.epochs", self.train.epochs.to_string(), self.train.epochs > 0.0, "a number above 0"),
+            ("train.epochs", train.epochs.to_string(), is_positive(train.epochs), "a number above 0"),
+            (
+                "train.max_steps",
+                train.max_steps.map_or_else(|| "none".to_string(), |steps| steps.to_string()),
+                train.max_steps != Some(0),
+                "1 or more",
+            ),
             (
                 "train.rows_per_microbatch",
                 self.train.rows_per_microbatch.to_string(),
-                self.train.rows_per_microbatch >= 1,
-                "1 or more",
+                COUNTS.contains(&train.rows_per_microbatch),
+                "1 to 65536",
             ),
             (
                 "train.accumulation",
                 self.train.accumulation.to_string(),
-                self.train.accumulation >= 1,
-                "1 or more",
+                COUNTS.contains(&train.accumulation),
+                "1 to 65536",
+            ),
+            ("train.lr", train.lr.to_string(), is_positive(train.lr), "a number above 0"),
+            ("train.warmup", train.warmup.to_string(), is_not_negative(train.warmup), "0 or more"),
+            (
+                "train.betas",
+                format!("{:?}", train.betas),
+                train.betas.iter().all(|beta| (0.0..1.0).contains(beta)),
+                "two numbers in [0, 1)",
+            ),
+            ("train.eps", train.eps.to_string(), is_positive(train.eps), "a number above 0"),
+            (
+                "train.weight_decay",
+                train.weight_decay.to_string(),
+                is_not_negative(train.weight_decay),
+                "0 or more",
             ),
             (
-                "train.lr",
-                self.train.lr.to_string(),
-                self.train.lr > 0.0 && self.train.lr.is_finite(),
-                "a number above 0",
+                "train.max_grad_norm",
+                train.max_grad_norm.to_string(),
+                is_not_negative(train.max_grad_norm),
+                "0 or more",
             ),
-            ("train.warmup", self.train.warmup.to_string(), self.train.warmup >= 0.0, "0 or more"),
         ];
         for (key, value, holds, expected) in rules {
             if !holds {
@@ -161,6 +184,18 @@ impl Recipe {
         }
         Ok(())
     }
+}
+
+/// What numbers of rows and ranks may be: beyond, estimates of memory would no longer fit 64 bits.
+const COUNTS: RangeInclusive<usize> = 1..=65536;
+
+/// A number above zero, neither infinite nor NaN.
+fn is_positive(value: f64) -> bool {
+    value > 0.0 && value.is_finite()
+}
+
+fn is_not_negative(value: f64) -> bool {
+    value >= 0.0 && value.is_finite()
 }
 
 /// The name becomes a folder, so it may not climb out of its parent.
@@ -262,7 +297,7 @@ mod tests {
             ("lora.dropout=1.0", "`lora.dropout` is 1, expected a number in [0, 1)"),
             ("name=../up", "`name` is `../up`, expected letters"),
             ("train.lr=-1.0", "`train.lr` is -1, expected a number above 0"),
-            ("train.accumulation=0", "`train.accumulation` is 0, expected 1 or more"),
+            ("train.accumulation=0", "`train.accumulation` is 0, expected 1 to 65536"),
         ] {
             let error = parse(SMALL, &[setting]).unwrap_err();
             assert!(error.contains(expected), "{error}");

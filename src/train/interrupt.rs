@@ -3,6 +3,8 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use crate::progress;
+
 /// Set when the process was asked to end.
 #[derive(Debug, Clone, Default)]
 pub struct Interrupt {
@@ -20,6 +22,11 @@ impl Interrupt {
                 && runtime.block_on(signal()).is_ok()
             {
                 asked.store(true, Ordering::Relaxed);
+                progress::note("ending after this step with a checkpoint; ask again to end at once");
+                if runtime.block_on(signal()).is_ok() {
+                    // As a shell reports a process that SIGINT ended; the last checkpoint is whole.
+                    std::process::exit(130);
+                }
             }
         };
         std::thread::Builder::new().name("signals".to_string()).spawn(listener).ok();

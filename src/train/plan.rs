@@ -5,6 +5,7 @@ use std::fmt;
 use anyhow::{Result, ensure};
 use serde::Serialize;
 use serde_json::{Value, json};
+use sha2::{Digest as _, Sha256};
 
 use super::order::RowOrder;
 use super::schedule::LearningRate;
@@ -28,6 +29,8 @@ pub struct Plan {
     pub train: Vec<PackedRow>,
     /// Rows to validate on.
     pub validation: Vec<PackedRow>,
+    /// SHA-256 of the rows to train on, in hex: what was learnt from cannot change under a run.
+    pub rows_hash: String,
     /// Which rows each step sees.
     pub order: RowOrder,
     /// Optimiser steps in all.
@@ -95,7 +98,8 @@ impl Plan {
         let steps = recipe.train.max_steps.unwrap_or(by_epochs).max(1);
         let rate = LearningRate::new(&recipe.train, steps);
         let figures = figures(&recipe, &base.config, &train, &validation, &order, &rate, steps);
-        Ok(Self { recipe, base, dataset, train, validation, order, steps, rate, figures })
+        let rows_hash = hash_rows(&train);
+        Ok(Self { recipe, base, dataset, train, validation, rows_hash, order, steps, rate, figures })
     }
 
     /// The choices that decide the numbers; two runs that agree in them are one run.
@@ -116,10 +120,27 @@ impl Plan {
                 "tokenizer_hash": self.dataset.manifest.tokenizer_hash,
                 "rows": self.train.len(),
                 "tokens": self.figures.tokens_per_epoch,
-                "inputs": self.dataset.manifest.inputs,
+                "rows_hash": self.rows_hash,
             },
         })
     }
+}
+
+/// Every token and mask, with the bounds of sequences and rows.
+fn hash_rows(rows: &[PackedRow]) -> String {
+    let mut hash = Sha256::new();
+    for row in rows {
+        hash.update((row.sequences.len() as u64).to_le_bytes());
+        for sequence in &row.sequences {
+            hash.update((sequence.input_ids.len() as u64).to_le_bytes());
+            // The mask rides in the top bit, which no id reaches: one update a sequence.
+            let tokens = sequence.input_ids.iter().zip(&sequence.loss_mask);
+            let bytes: Vec<u8> =
+                tokens.flat_map(|(id, mask)| (id | u32::from(*mask) << 31).to_le_bytes()).collect();
+            hash.update(&bytes);
+        }
+    }
+    hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 /// Ids beyond the vocabulary or rows beyond the positions would fail in the middle of an epoch.

@@ -7,7 +7,7 @@ use anyhow::{Context as _, Result, bail};
 use indicatif::ProgressBar;
 use serde::Serialize;
 use serde_json::Value;
-use tch::Device;
+use tch::{Device, Tensor};
 
 use super::interrupt::Interrupt;
 use super::optimizer::{AdamW, clip_grad_norm};
@@ -67,9 +67,11 @@ pub struct Summary {
 /// # Errors
 /// When a file cannot be read or written, the checkpoint is of another run, or a loss is not finite.
 pub fn run(mut plan: Plan, options: &RunOptions) -> Result<Summary> {
-    let resumed = options.resume.then(|| resume_point(&plan, &options.folder)).transpose()?;
-    if resumed.is_none() {
-        options.folder.begin(&plan.recipe)?;
+    let resumed = if options.resume { resume_point(&plan, &options.folder)? } else { None };
+    match (&resumed, options.resume) {
+        (Some(_), _) => {}
+        (None, true) => options.folder.begin_again(&plan.recipe)?,
+        (None, false) => options.folder.begin(&plan.recipe)?,
     }
     plan.base = plan.base.with_nf4_cache(std::path::Path::new(nf4_cache::DEFAULT_FOLDER));
     let load = LoadOptions { quantization: plan.recipe.model.quantization, device: options.device };
@@ -83,9 +85,13 @@ pub fn run(mut plan: Plan, options: &RunOptions) -> Result<Summary> {
     training.run()
 }
 
-/// The newest checkpoint's state, when it continues this plan.
-fn resume_point(plan: &Plan, folder: &RunFolder) -> Result<State> {
+/// The newest checkpoint's state, when it continues this plan; `None` when the run ended before its first one.
+fn resume_point(plan: &Plan, folder: &RunFolder) -> Result<Option<State>> {
     let Some(step) = folder.checkpoints()?.pop() else {
+        if folder.is_begun() {
+            progress::note("the run ended before its first checkpoint: it begins again");
+            return Ok(None);
+        }
         return Err(user_error(
             format!("run folder `{}` holds no checkpoint to resume", folder.path().display()),
             "start the run without `--resume`",
@@ -108,7 +114,7 @@ fn resume_point(plan: &Plan, folder: &RunFolder) -> Result<State> {
             tch::get_num_threads()
         ));
     }
-    Ok(state)
+    Ok(Some(state))
 }
 
 /// The first field in which two identities differ, with both values.
@@ -256,7 +262,11 @@ impl<'a> Training<'a> {
             let options = GradOptions {
                 scale: 1.0 / supervised.max(1) as f64,
                 seed: self.plan.recipe.train.seed,
-                microbatch: self.step * self.plan.recipe.train.accumulation as u64 + index as u64,
+                // Only told apart, never counted with: a run of 2^64 micro-batches may come round.
+                microbatch: self
+                    .step
+                    .wrapping_mul(self.plan.recipe.train.accumulation as u64)
+                    .wrapping_add(index as u64),
             };
             sum += self.decoder.loss_and_grad(batch, &options, &mut self.gradients)?.sum();
         }
@@ -268,11 +278,7 @@ impl<'a> Training<'a> {
         if loss.is_finite() && grad_norm.is_finite() {
             return Ok(());
         }
-        let what = if loss.is_finite() {
-            format!("gradient norm is {grad_norm}")
-        } else {
-            format!("loss is {loss}")
-        };
+        let what = if loss.is_finite() { self.broken_gradient(grad_norm) } else { format!("loss is {loss}") };
         let kept = self.saved.map_or_else(
             || "no checkpoint was written before".to_string(),
             |step| format!("the checkpoint of step {step} stays"),
@@ -281,6 +287,16 @@ impl<'a> Training<'a> {
             format!("step {}: the {what}; {kept}", self.step + 1),
             "lower `train.lr`, lengthen `train.warmup`, or look at the step's rows for damaged text",
         ))
+    }
+
+    /// The gradient that is not finite: the last in the order of the forward pass, where the backward pass met it first.
+    fn broken_gradient(&self, grad_norm: f64) -> String {
+        let is_broken = |gradient: &Tensor| gradient.isfinite().all().int64_value(&[]) == 0;
+        let broken = self.gradients.iter().filter(|(_, gradient)| is_broken(gradient)).last();
+        broken.map_or_else(
+            || format!("gradient norm is {grad_norm}"),
+            |(name, _)| format!("gradient of `{name}` is not finite"),
+        )
     }
 
     fn after_step(&mut self, stop: u64) -> Result<()> {
