@@ -73,9 +73,9 @@ impl<'a> Twin<'a> {
             * self.config.embedding_multiplier;
         for layer in 0..self.config.num_hidden_layers {
             let branch = self.norm(&x, &format!("model.layers.{layer}.input_layernorm"));
-            x += self.attention(&branch, layer, batch, options) * self.config.residual_multiplier;
+            x = &x + self.attention(&branch, layer, batch, options) * self.config.residual_multiplier;
             let branch = self.norm(&x, &format!("model.layers.{layer}.post_attention_layernorm"));
-            x += self.mlp(&branch, layer, options) * self.config.residual_multiplier;
+            x = &x + self.mlp(&branch, layer, options) * self.config.residual_multiplier;
         }
         let head = if self.config.tie_word_embeddings { "model.embed_tokens" } else { "lm_head" };
         self.norm(&x, "model.norm").matmul(&self.weight(head).transpose(0, 1)) / self.config.logits_scaling
