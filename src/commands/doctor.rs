@@ -292,7 +292,7 @@ fn check_kernels(device: Option<Device>, folders: &[PathBuf]) -> Vec<Finding> {
 }
 
 fn checked(check: Check, seed: i64) -> Finding {
-    let Check { name, cases, failure, bandwidth } = check;
+    let Check { name, cases, exact, failure, bandwidth } = check;
     if let Some(failure) = failure {
         return Finding::problem(
             name,
@@ -301,7 +301,8 @@ fn checked(check: Check, seed: i64) -> Finding {
         );
     }
     let bandwidth = bandwidth.map_or_else(String::new, |rate| format!(", {rate:.0} GB/s"));
-    Finding::ok(name, format!("equal bit for bit in {cases} cases{bandwidth}"))
+    let agreement = if exact { "equal bit for bit" } else { "within tolerance" };
+    Finding::ok(name, format!("{agreement} in {cases} cases{bandwidth}"))
 }
 
 fn print(findings: &[Finding], json: bool) -> Result<()> {
