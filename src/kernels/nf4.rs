@@ -9,8 +9,11 @@
 //! weight[i] = LEVELS[nibble[i]] * absmax[i / 64]                                        f32, then rounded once
 //! ```
 //!
-//! On the CPU both directions are Rust over all cores; [`Nf4Weight::dequantize_reference`] is the twin in
-//! tensor operations for any device.
+//! On the CPU both directions are Rust over all cores, on a GPU kernels of ours; [`Nf4Weight::dequantize_reference`] is
+//! the twin in tensor operations for any device.
+
+#[expect(unsafe_code, reason = "kernel launches")]
+mod gpu;
 
 use anyhow::{Context as _, Result, ensure};
 use half::{bf16, f16};
@@ -98,14 +101,18 @@ impl Nf4Weight {
 
     /// The weight `[out, in]`: `level * absmax`, unrounded in f32, rounded to nearest even in bf16 and f16.
     pub fn dequantize(&self, kind: Kind) -> Tensor {
-        let on_host = match (self.packed.device(), kind) {
+        let made = match (self.packed.device(), kind) {
             (Device::Cpu, Kind::Float) => self.dequantize_on_host(|value| value),
             (Device::Cpu, Kind::BFloat16) => self.dequantize_on_host(bf16::from_f32),
             (Device::Cpu, Kind::Half) => self.dequantize_on_host(f16::from_f32),
+            (device, Kind::Float | Kind::BFloat16) => {
+                let out = Tensor::empty(self.shape, (kind, device));
+                dequantize_into(self, &out).map(|()| out)
+            }
             _ => return self.dequantize_reference(kind),
         };
-        // Parts that are not plain CPU memory (a strided view, say) are left to the twin.
-        on_host.unwrap_or_else(|_| self.dequantize_reference(kind))
+        // Parts that are not plain memory (a strided view, say) are left to the twin.
+        made.unwrap_or_else(|_| self.dequantize_reference(kind))
     }
 
     /// The twin of [`dequantize`](Self::dequantize) in tensor operations, on any device.
@@ -183,6 +190,44 @@ impl Nf4Weight {
                 .for_each(|((weights, packed), scales)| dequantize_task(weights, packed, scales, &round));
         }))
     }
+}
+
+/// Writes the weight to `out`, a view `[out, in]` in f32 or bf16 on the weight's device: rows may lie any distance apart that
+/// keeps them from overlapping, a row's elements lie together. The same bits as [`Nf4Weight::dequantize`], into a buffer
+/// that exists.
+///
+/// # Errors
+/// When `out` is of another shape, dtype or device or its elements are spread, the weight's parts do not fit its shape, or the
+/// driver fails.
+pub fn dequantize_into(weight: &Nf4Weight, out: &Tensor) -> Result<()> {
+    weight.check()?;
+    check_output(weight, out)?;
+    if out.device() == Device::Cpu {
+        return Ok(out.shallow_clone().f_copy_(&weight.dequantize(out.kind()))?);
+    }
+    gpu::dequantize(weight, out)
+}
+
+fn check_output(weight: &Nf4Weight, out: &Tensor) -> Result<()> {
+    let device = weight.packed.device();
+    for part in [&weight.packed, &weight.absmax, &weight.nested_absmax, &weight.nested_code] {
+        ensure!(part.is_contiguous() && part.device() == device, "the parts of an NF4 weight lie apart");
+    }
+    ensure!(
+        out.device() == device && out.size() == weight.shape && matches!(out.kind(), Kind::Float | Kind::BFloat16),
+        "an NF4 weight {:?} on {device:?} is written as f32 or bf16, its output is {:?} {:?} on {:?}",
+        weight.shape,
+        out.kind(),
+        out.size(),
+        out.device()
+    );
+    let ([rows, columns], stride) = (weight.shape, out.stride());
+    ensure!(
+        (columns == 1 || stride[1] == 1) && (rows == 1 || stride[0] >= columns),
+        "an NF4 weight {:?} is written row by row, its output has strides {stride:?}",
+        weight.shape
+    );
+    Ok(())
 }
 
 fn check_shape(weight: &Tensor) -> Result<[i64; 2]> {
@@ -302,4 +347,42 @@ fn nearest_code(levels: &[f32; 256], value: f32) -> u8 {
     let takes_above = value > middle || (value == middle && above % 2 == 0);
     // `above` is at most 255.
     (if takes_above { above } else { below }) as u8
+}
+
+#[cfg(test)]
+#[expect(clippy::unwrap_used, reason = "a test stops at the first surprise")]
+mod tests {
+    use super::*;
+
+    fn weight(shape: [i64; 2]) -> Nf4Weight {
+        Nf4Weight::quantize(&Tensor::randn(shape, (Kind::Float, Device::Cpu))).unwrap()
+    }
+
+    #[test]
+    fn a_view_is_filled_and_its_surroundings_are_not() {
+        let weight = weight([6, 96]);
+        for kind in [Kind::Float, Kind::BFloat16] {
+            let buffer = Tensor::full([8, 100], 7.0, (kind, Device::Cpu));
+            let out = buffer.narrow(0, 1, 6).narrow(1, 3, 96);
+            dequantize_into(&weight, &out).unwrap();
+            assert!(out.equal(&weight.dequantize_reference(kind)));
+            assert_eq!(buffer.eq(7.0).sum(Kind::Int64).int64_value(&[]), 800 - 6 * 96, "{kind:?}");
+        }
+    }
+
+    #[test]
+    fn outputs_that_do_not_fit_are_refused() {
+        let weight = weight([6, 96]);
+        let options = |kind| (kind, Device::Cpu);
+        let refused = |out: &Tensor| dequantize_into(&weight, out).unwrap_err().to_string();
+        assert!(refused(&Tensor::zeros([96, 6], options(Kind::Float))).contains("its output is Float [96, 6]"));
+        assert!(refused(&Tensor::zeros([6, 96], options(Kind::Half))).contains("f32 or bf16"));
+        let spread = Tensor::zeros([96, 6], options(Kind::Float)).tr();
+        assert!(refused(&spread).contains("strides [1, 6]"));
+        let overlapping = Tensor::zeros([1, 96], options(Kind::Float)).expand([6, 96], false);
+        assert!(refused(&overlapping).contains("strides [0, 1]"));
+        let broken = Nf4Weight { nested_absmax: Tensor::zeros([2], options(Kind::Float)), ..weight };
+        let out = Tensor::zeros([6, 96], options(Kind::Float));
+        assert!(dequantize_into(&broken, &out).unwrap_err().to_string().contains("`nested_absmax`"));
+    }
 }
