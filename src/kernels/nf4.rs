@@ -214,7 +214,9 @@ fn check_output(weight: &Nf4Weight, out: &Tensor) -> Result<()> {
         ensure!(part.is_contiguous() && part.device() == device, "the parts of an NF4 weight lie apart");
     }
     ensure!(
-        out.device() == device && out.size() == weight.shape && matches!(out.kind(), Kind::Float | Kind::BFloat16),
+        out.device() == device
+            && out.size() == weight.shape
+            && matches!(out.kind(), Kind::Float | Kind::BFloat16),
         "an NF4 weight {:?} on {device:?} is written as f32 or bf16, its output is {:?} {:?} on {:?}",
         weight.shape,
         out.kind(),
@@ -375,7 +377,9 @@ mod tests {
         let weight = weight([6, 96]);
         let options = |kind| (kind, Device::Cpu);
         let refused = |out: &Tensor| dequantize_into(&weight, out).unwrap_err().to_string();
-        assert!(refused(&Tensor::zeros([96, 6], options(Kind::Float))).contains("its output is Float [96, 6]"));
+        assert!(
+            refused(&Tensor::zeros([96, 6], options(Kind::Float))).contains("its output is Float [96, 6]")
+        );
         assert!(refused(&Tensor::zeros([6, 96], options(Kind::Half))).contains("f32 or bf16"));
         let spread = Tensor::zeros([96, 6], options(Kind::Float)).tr();
         assert!(refused(&spread).contains("strides [1, 6]"));

@@ -1,10 +1,12 @@
-//! The kernels of cuda/nf4.cu against their twins, bit for bit.
+//! The kernels of cuda/nf4.cu, bit for bit.
 
-use anyhow::{Result, bail};
+use anyhow::{Context as _, Result, bail};
 use tch::{Device, Kind, Tensor};
 
-use super::bandwidth::gigabytes_per_second;
-use super::{Check, GUARD, Outcome, first_difference, random_bits};
+use super::bandwidth::bandwidth;
+use super::exact::first_difference;
+use super::tolerance::{Framed, Layout};
+use super::{Check, Outcome};
 use crate::kernels::dynamic_map::dynamic_map;
 use crate::kernels::nf4::{BLOCK, NESTED_BLOCK, Nf4Weight, dequantize_into};
 
@@ -33,43 +35,28 @@ const SHAPES: [[i64; 2]; 13] = [
     [9, 8256],
 ];
 
-/// How an output lies in its buffer: so many elements behind an aligned address, so many more from row to row.
-const LAYOUTS: [(i64, i64); 5] = [(0, 0), (0, 64), (8, 8), (1, 0), (0, 3)];
-
 fn dequantize(device: Device, kind: Kind) -> Result<Outcome> {
     let mut cases = 0;
-    for shape in SHAPES {
-        for layout in LAYOUTS {
-            dequantize_case(device, kind, shape, layout)?;
+    for [rows, columns] in SHAPES {
+        let dense = Layout::dense(rows, columns);
+        let strided = |gap: i64| dense.strided(columns + gap);
+        for layout in [dense, dense.at(1), dense.at(8), strided(64), strided(8).at(8), strided(3)] {
+            dequantize_case(device, kind, layout).with_context(|| format!("{layout:?}"))?;
             cases += 1;
         }
     }
-    Ok(Outcome { cases, bandwidth: Some(dequantize_bandwidth(device, kind)?) })
+    Ok(Outcome::exact(cases).at(dequantize_rate(device, kind)?))
 }
 
-fn dequantize_case(
-    device: Device,
-    kind: Kind,
-    [rows, columns]: [i64; 2],
-    (from, gap): (i64, i64),
-) -> Result<()> {
-    let weight = random_weight([rows, columns]);
-    let length = rows * (columns + gap);
-    let poison = random_bits(kind, GUARD + from + length + GUARD);
-    let view = |buffer: &Tensor| {
-        buffer.narrow(0, GUARD + from, length).view([rows, columns + gap]).narrow(1, 0, columns)
-    };
-    let found = poison.f_to_device(device)?;
-    dequantize_into(&weight.to_device(device), &view(&found))?;
-
-    let wanted = poison.copy();
-    view(&wanted).copy_(&weight.dequantize_reference(kind));
-    match first_difference(&wanted, &found.f_to_device(Device::Cpu)?) {
+fn dequantize_case(device: Device, kind: Kind, layout: Layout) -> Result<()> {
+    let weight = random_weight([layout.rows, layout.columns]);
+    let out = Framed::output(kind, layout, device)?;
+    dequantize_into(&weight.to_device(device), &out.view())?;
+    out.intact("the weight")?;
+    let found = out.view().f_to_device(Device::Cpu)?;
+    match first_difference(&weight.dequantize_reference(kind), &found) {
         None => Ok(()),
-        Some(difference) => bail!(
-            "[{rows}, {columns}] {kind:?}, rows {gap} apart, output from element {} on: {difference}",
-            GUARD + from
-        ),
+        Some(difference) => bail!("{difference}"),
     }
 }
 
@@ -90,14 +77,14 @@ fn random_weight(shape: [i64; 2]) -> Nf4Weight {
 }
 
 /// Over the largest weight of Granite 3.1 8B, three of them in turn.
-fn dequantize_bandwidth(device: Device, kind: Kind) -> Result<f64> {
+fn dequantize_rate(device: Device, kind: Kind) -> Result<f64> {
     let shape = [12_800, 4096];
     let weight = random_weight(shape);
     let weights: Vec<Nf4Weight> = (0..3).map(|_| weight.to_device(device)).collect();
-    let outs: Vec<Tensor> =
-        weights.iter().map(|_| Ok(Tensor::f_empty(shape, (kind, device))?)).collect::<Result<_>>()?;
+    let out = || Ok(Tensor::f_empty(shape, (kind, device))?);
+    let outs: Vec<Tensor> = weights.iter().map(|_| out()).collect::<Result<_>>()?;
     let elements = shape[0] * shape[1];
     let read = elements / 2 + elements / BLOCK as i64 + elements / (BLOCK * NESTED_BLOCK) as i64 * 4;
     let written = elements * kind.elt_size_in_bytes() as i64;
-    gigabytes_per_second(device, read + written, |index| dequantize_into(&weights[index % 3], &outs[index % 3]))
+    bandwidth(device, read + written, 3, |set| dequantize_into(&weights[set], &outs[set]))
 }

@@ -86,7 +86,10 @@ pub(super) fn dequantize(weight: &Nf4Weight, out: &Tensor) -> Result<()> {
 
 fn launch_shape(threads: u64) -> Result<LaunchConfig> {
     let blocks = threads.div_ceil(THREADS);
-    ensure!(i32::try_from(blocks).is_ok(), "a weight of so many elements needs {blocks} blocks, more than a grid has");
+    ensure!(
+        i32::try_from(blocks).is_ok(),
+        "a weight of so many elements needs {blocks} blocks, more than a grid has"
+    );
     Ok(LaunchConfig {
         grid_dim: (blocks as u32, 1, 1),
         block_dim: (THREADS as u32, 1, 1),
@@ -131,9 +134,12 @@ mod tests {
     #[test]
     fn a_divider_divides() {
         let most = (Divider::LIMIT - 1) as u32;
-        for divisor in [1, 2, 3, 5, 7, 8, 24, 72, 511, 512, 513, 1600, 6160, 65_535, 1 << 30, most, most + 1] {
+        for divisor in [1, 2, 3, 5, 7, 8, 24, 72, 511, 512, 513, 1600, 6160, 65_535, 1 << 30, most, most + 1]
+        {
             let by = Divider::new(divisor);
-            let near = (0..200u32).map(|n| n.wrapping_mul(divisor)).flat_map(|n| [n.wrapping_sub(1), n, n.wrapping_add(1)]);
+            let near = (0..200u32)
+                .map(|n| n.wrapping_mul(divisor))
+                .flat_map(|n| [n.wrapping_sub(1), n, n.wrapping_add(1)]);
             let spread = (0..10_000u32).map(|n| n.wrapping_mul(0x9e37_79b9) & most);
             for n in near.chain(spread).chain([0, 1, most - 1, most]).filter(|n| *n <= most) {
                 assert_eq!(quotient(n, by), n / divisor, "{n} / {divisor}");
