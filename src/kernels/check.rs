@@ -8,7 +8,9 @@ mod bandwidth;
 mod bitsandbytes;
 mod dropout;
 mod exact;
+mod inputs;
 mod nf4;
+mod rms_norm;
 mod tolerance;
 
 use anyhow::Result;
@@ -79,6 +81,7 @@ pub fn all(device: Device, seed: i64, library: Option<&CudaLibrary>) -> Vec<Chec
         Check::new("dropout_bf16", dropout::kernel(device, Kind::BFloat16)),
         Check::new("nf4 on the GPU, as on the processor", bitsandbytes::across_devices(device)),
     ];
+    checks.extend(rms_norm::checks(device));
     checks.extend(nf4::checks(device));
     if let Some(library) = library {
         let outcome = bitsandbytes::as_bitsandbytes(device, library);

@@ -45,6 +45,9 @@ unsafe impl Send for Module {}
 // SAFETY: as above.
 unsafe impl Send for Kernel {}
 
+/// Bytes of shared memory that every kernel may have at launch; for more it must be allowed to.
+const SHARED_WITHOUT_ASKING: u32 = 48 << 10;
+
 /// The single argument of a kernel.
 ///
 /// # Safety
@@ -95,6 +98,15 @@ impl Gpu {
     /// When the driver fails.
     pub fn memory(&self) -> Result<(usize, usize)> {
         self.context.mem_get_info().map_err(driver_error)
+    }
+
+    /// Bytes of shared memory that one block may have, when its kernel asks for them at launch.
+    ///
+    /// # Errors
+    /// When the driver fails.
+    pub fn shared_memory(&self) -> Result<u32> {
+        let limit = sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN;
+        Ok(u32::try_from(self.context.attribute(limit).map_err(driver_error)?)?)
     }
 
     /// The kernel `name` of `cuda/<family>.cu`, loaded at its first use.
@@ -150,6 +162,9 @@ impl Gpu {
     ) -> Result<()> {
         self.context.bind_to_thread().map_err(driver_error)?;
         let LaunchConfig { grid_dim, block_dim, shared_mem_bytes } = shape;
+        if shared_mem_bytes > SHARED_WITHOUT_ASKING {
+            allow_shared_memory(kernel, shared_mem_bytes)?;
+        }
         let mut arguments = [std::ptr::from_ref(params).cast_mut().cast::<c_void>()];
         // SAFETY: the caller vouches for kernel and argument; the driver copies the argument before it returns.
         let launched = unsafe {
@@ -164,6 +179,17 @@ impl Gpu {
         };
         launched.map_err(driver_error).with_context(|| format!("cannot launch a kernel with {shape:?}"))
     }
+}
+
+/// Lets the launches of a kernel have so much shared memory.
+fn allow_shared_memory(kernel: Kernel, bytes: u32) -> Result<()> {
+    let attribute = sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+    // SAFETY: the function belongs to a module that is never unloaded; the caller has bound its context.
+    let allowed =
+        unsafe { result::function::set_function_attribute(kernel.0, attribute, i32::try_from(bytes)?) };
+    allowed
+        .map_err(driver_error)
+        .with_context(|| format!("a kernel may not have {bytes} bytes of shared memory"))
 }
 
 /// libtorch's current stream: the null stream, because tch has no call that sets another and nobody else here does.

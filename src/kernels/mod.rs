@@ -22,6 +22,8 @@ pub mod images;
 pub mod libtorch;
 pub mod nf4;
 pub mod philox;
+#[expect(unsafe_code, reason = "kernel launches")]
 pub mod rms_norm;
 pub mod rope;
+mod rows;
 pub mod swiglu;
