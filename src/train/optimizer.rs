@@ -1,21 +1,19 @@
-//! AdamW (Loshchilov & Hutter 2019) with 32-bit moments, or with 8-bit blockwise ones (Dettmers et al. 2022).
+//! AdamW over all parameters of an adapter, with 32-bit or with 8-bit moments.
 //!
-//! Tensor operations on any device. The 8-bit form is bitsandbytes': blocks of 256 within a parameter, the signed
-//! dynamic code for the first moment and the unsigned one for the second, 32-bit moments for parameters below
-//! 4,096 elements; the update uses the moments before they are rounded. As in its CPU form (and in torch), weights
-//! decay before the update, and a moment takes the nearest level. Zero is a level, so no moment changes its sign; its
-//! CUDA kernel goes further and moves negative moments that round to zero to the level below.
+//! The arithmetic is in [`crate::kernels::adamw`]; here is which parameters share a call. Blocks of 8-bit moments begin
+//! anew with every parameter, so neighbours whose lengths are multiples of a block are one flat run, on a GPU one launch.
+//! Parameters below 4,096 elements keep 32-bit moments, as in bitsandbytes.
 
 use anyhow::{Context as _, Result, ensure};
 use tch::{Device, Kind, Tensor};
 
 use crate::checkpoint::tensor_file::NamedTensors;
-use crate::kernels::dynamic_map::dynamic_map;
+use crate::kernels::adamw::{
+    AdamWStep, BLOCK, GRAD_PARTIALS, adamw_8bit, adamw_32bit, blocks_of, norm_squared, zero_codes,
+};
 use crate::model::params::{ParamSet, ParamSlot};
 use crate::recipe::{Optimizer, TrainSpec};
 
-/// Elements that share a scale.
-const BLOCK: i64 = 256;
 /// Smaller parameters keep 32-bit moments.
 const MIN_8BIT_SIZE: i64 = 4096;
 
@@ -25,19 +23,34 @@ pub struct AdamW {
     betas: [f64; 2],
     eps: f64,
     weight_decay: f64,
-    /// One per parameter for 8 bits, one for all of them for 32.
-    moments: Vec<Moments>,
-    codes: [Code; 2],
+    max_grad_norm: f64,
+    runs: Vec<Run>,
+    /// Scratch of the norm, `[GRAD_PARTIALS]` f64.
+    partials: Tensor,
+    /// The gradients' norm, squared; `[1]` f64.
+    norm_squared: Tensor,
 }
 
+/// Neighbouring parameters whose moments are one allocation.
 #[derive(Debug)]
-struct Moments {
-    /// `model.layers.0.self_attn.q_proj.lora_A.weight`, or [`ALL`].
-    name: String,
+struct Run {
+    /// First element.
     offset: i64,
     len: i64,
+    /// Names, and where each lies behind `offset`.
+    parts: Vec<Part>,
     /// First and second.
-    held: [Held; 2],
+    moments: [Moment; 2],
+}
+
+/// A parameter within a run.
+#[derive(Debug, Clone)]
+struct Part {
+    /// `model.layers.0.self_attn.q_proj.lora_A.weight`, or [`ALL`].
+    name: String,
+    /// First element, counted from the run's.
+    offset: i64,
+    len: i64,
 }
 
 /// The name of moments that cover every parameter.
@@ -45,66 +58,89 @@ const ALL: &str = "all";
 
 /// A moment as it is kept between steps.
 #[derive(Debug)]
-enum Held {
+enum Moment {
     /// `[len]` f32.
     Wide(Tensor),
     /// Codes `[len]` u8 and scales `[ceil(len / 256)]` f32.
     Coded { codes: Tensor, absmax: Tensor },
 }
 
-/// A code's 256 levels and the midpoints between them.
+/// The norm of the gradients of a step before they were clipped. Still on the device: to read it waits for the step.
 #[derive(Debug)]
-struct Code {
-    levels: Tensor,
-    midpoints: Tensor,
+pub struct GradNorm(Tensor);
+
+impl GradNorm {
+    /// The number; not finite when the step changed nothing.
+    pub fn value(&self) -> f64 {
+        self.0.double_value(&[0]).sqrt()
+    }
 }
 
 impl AdamW {
     /// Zero moments for the layout of `parameters`.
     pub fn new(parameters: &ParamSet, spec: &TrainSpec) -> Self {
         let device = parameters.flat().device();
-        let codes = [Code::new(true, device), Code::new(false, device)];
-        let moments = match spec.optimizer {
+        let runs = match spec.optimizer {
             Optimizer::AdamW => {
                 let len = parameters.flat().size()[0];
-                vec![Moments::wide(ALL.to_string(), 0, len, device)]
+                vec![Run::new(0, vec![Part { name: ALL.to_string(), offset: 0, len }], false, device)]
             }
-            Optimizer::AdamW8bit => {
-                parameters.slots().iter().map(|slot| Moments::of(slot, device, &codes)).collect()
-            }
+            Optimizer::AdamW8bit => runs(parameters.slots(), device),
         };
-        Self { betas: spec.betas, eps: spec.eps, weight_decay: spec.weight_decay, moments, codes }
+        Self {
+            betas: spec.betas,
+            eps: spec.eps,
+            weight_decay: spec.weight_decay,
+            max_grad_norm: spec.max_grad_norm,
+            runs,
+            partials: Tensor::zeros([GRAD_PARTIALS], (Kind::Double, device)),
+            norm_squared: Tensor::zeros([1], (Kind::Double, device)),
+        }
     }
 
-    /// One update of `parameters` by `gradients` (same layout); `step` counts from 1.
-    pub fn step(&mut self, parameters: &ParamSet, gradients: &ParamSet, lr: f64, step: u64) {
+    /// One update of `parameters` by `gradients` (same layout), clipped to the recipe's norm; `step` counts from 1. `copy`
+    /// (flat, bf16) takes the rounded parameters. Gradients that are not finite change nothing, and their norm shows it.
+    ///
+    /// On a GPU the update is queued and nothing is read back.
+    ///
+    /// # Errors
+    /// When `copy` is of another layout, or the driver fails.
+    pub fn step(
+        &mut self,
+        parameters: &ParamSet,
+        gradients: &ParamSet,
+        copy: Option<&Tensor>,
+        lr: f64,
+        step: u64,
+    ) -> Result<GradNorm> {
         tch::no_grad(|| {
-            for index in 0..self.moments.len() {
-                self.update(index, parameters, gradients, lr, step);
+            norm_squared(gradients.flat(), &self.partials, &self.norm_squared)?;
+            let step = self.settings(lr, step);
+            for run in &self.runs {
+                run.update(parameters.flat(), copy, gradients.flat(), &self.norm_squared, &step)?;
             }
-        });
+            Ok(GradNorm(self.norm_squared.shallow_clone()))
+        })
     }
 
-    fn update(&mut self, index: usize, parameters: &ParamSet, gradients: &ParamSet, lr: f64, step: u64) {
+    fn settings(&self, lr: f64, step: u64) -> AdamWStep {
         let [beta1, beta2] = self.betas;
-        let moments = &mut self.moments[index];
-        let mut p = parameters.flat().narrow(0, moments.offset, moments.len);
-        let g = gradients.flat().narrow(0, moments.offset, moments.len);
-        let m = moments.held[0].wide(&self.codes[0]).lerp(&g, 1.0 - beta1);
-        let v = moments.held[1].wide(&self.codes[1]) * beta2 + g.square() * (1.0 - beta2);
         let steps = i32::try_from(step).unwrap_or(i32::MAX);
-        let correction1 = 1.0 - beta1.powi(steps);
-        let correction2 = (1.0 - beta2.powi(steps)).sqrt();
-        let denominator = v.sqrt() / correction2 + self.eps;
-        let _ = p.g_mul_scalar_(1.0 - lr * self.weight_decay);
-        p -= &m / denominator * (lr / correction1);
-        moments.held[0].hold(m, &self.codes[0]);
-        moments.held[1].hold(v, &self.codes[1]);
+        AdamWStep {
+            lr,
+            beta1,
+            beta2,
+            eps: self.eps,
+            weight_decay: self.weight_decay,
+            correction1: 1.0 - beta1.powi(steps),
+            correction2: (1.0 - beta2.powi(steps)).sqrt(),
+            max_norm: self.max_grad_norm,
+        }
     }
 
     /// The moments under names that [`restore`](Self::restore) knows.
     pub fn state(&self) -> NamedTensors {
-        self.tensors().map(|(name, tensor)| (name, tensor.shallow_clone())).collect()
+        self.tensors().collect()
     }
 
     /// Takes the moments of [`state`](Self::state).
@@ -127,111 +163,124 @@ impl AdamW {
         Ok(())
     }
 
+    /// Views of all moments, a parameter's under its name.
     fn tensors(&self) -> impl Iterator<Item = (String, Tensor)> + '_ {
-        self.moments.iter().flat_map(|moments| {
-            moments.held.iter().zip(["moment1", "moment2"]).flat_map(|(held, moment)| {
-                let named = |suffix: &str| format!("{}.{moment}{suffix}", moments.name);
-                match held {
-                    Held::Wide(tensor) => vec![(named(""), tensor.shallow_clone())],
-                    Held::Coded { codes, absmax } => vec![
-                        (named(".codes"), codes.shallow_clone()),
-                        (named(".absmax"), absmax.shallow_clone()),
-                    ],
-                }
+        self.runs.iter().flat_map(|run| {
+            run.parts.iter().flat_map(|part| {
+                run.moments.iter().zip(["moment1", "moment2"]).flat_map(|(moment, label)| {
+                    let named = |suffix: &str| format!("{}.{label}{suffix}", part.name);
+                    match moment.narrow(part) {
+                        Moment::Wide(tensor) => vec![(named(""), tensor)],
+                        Moment::Coded { codes, absmax } => {
+                            vec![(named(".codes"), codes), (named(".absmax"), absmax)]
+                        }
+                    }
+                })
             })
         })
     }
 }
 
-impl Moments {
-    fn wide(name: String, offset: i64, len: i64, device: Device) -> Self {
-        let zeros = || Held::Wide(Tensor::zeros([len], (Kind::Float, device)));
-        Self { name, offset, len, held: [zeros(), zeros()] }
+/// Neighbours with moments of one form, as long as blocks begin with each of them.
+fn runs(slots: &[ParamSlot], device: Device) -> Vec<Run> {
+    let coded = |slot: &ParamSlot| slot.len() >= MIN_8BIT_SIZE;
+    let together = |a: &ParamSlot, b: &ParamSlot| {
+        coded(a) == coded(b) && (!coded(a) || a.len() % BLOCK == 0) && a.offset + a.len() == b.offset
+    };
+    slots
+        .chunk_by(together)
+        .map(|slots| {
+            let (offset, coded) = (slots[0].offset, coded(&slots[0]));
+            let part = |slot: &ParamSlot| Part {
+                name: slot.name.clone(),
+                offset: slot.offset - offset,
+                len: slot.len(),
+            };
+            Run::new(offset, slots.iter().map(part).collect(), coded, device)
+        })
+        .collect()
+}
+
+impl Run {
+    fn new(offset: i64, parts: Vec<Part>, coded: bool, device: Device) -> Self {
+        let len = parts.iter().map(|part| part.len).sum();
+        let moments = [true, false].map(|signed| {
+            if coded {
+                let (codes, absmax) = zero_codes(len, signed, device);
+                Moment::Coded { codes, absmax }
+            } else {
+                Moment::Wide(Tensor::zeros([len], (Kind::Float, device)))
+            }
+        });
+        Self { offset, len, parts, moments }
     }
 
-    fn of(slot: &ParamSlot, device: Device, codes: &[Code; 2]) -> Self {
-        let mut moments = Self::wide(slot.name.clone(), slot.offset, slot.len(), device);
-        if slot.len() >= MIN_8BIT_SIZE {
-            moments.held = [&codes[0], &codes[1]].map(|code| Held::zeros(slot.len(), code));
+    /// Whole on a GPU; part by part on the CPU, where tensor operations make copies of what they work on.
+    fn update(
+        &self,
+        p: &Tensor,
+        copy: Option<&Tensor>,
+        g: &Tensor,
+        norm_squared: &Tensor,
+        step: &AdamWStep,
+    ) -> Result<()> {
+        let whole = [Part { name: String::new(), offset: 0, len: self.len }];
+        for part in if p.device().is_cuda() { &whole } else { self.parts.as_slice() } {
+            let within = |flat: &Tensor| flat.f_narrow(0, self.offset + part.offset, part.len);
+            let (p, g, copy) = (within(p)?, within(g)?, copy.map(within).transpose()?);
+            let moments = [self.moments[0].narrow(part), self.moments[1].narrow(part)];
+            match &moments {
+                [Moment::Coded { codes: m, absmax: m_absmax }, Moment::Coded { codes: v, absmax: v_absmax }] => {
+                    adamw_8bit(&p, copy.as_ref(), &g, (m, m_absmax), (v, v_absmax), norm_squared, step)?;
+                }
+                [Moment::Wide(m), Moment::Wide(v)] => {
+                    adamw_32bit(&p, copy.as_ref(), &g, m, v, norm_squared, step)?;
+                }
+                _ => unreachable!("both moments of a run have one form"),
+            }
         }
-        moments
+        Ok(())
     }
 }
 
-impl Held {
-    fn zeros(len: i64, code: &Code) -> Self {
-        let device = code.levels.device();
-        let mut held = Self::Coded {
-            codes: Tensor::zeros([len], (Kind::Uint8, device)),
-            absmax: Tensor::zeros(
-                [len.div_euclid(BLOCK) + i64::from(len % BLOCK != 0)],
-                (Kind::Float, device),
-            ),
+impl Moment {
+    /// The part's view.
+    fn narrow(&self, part: &Part) -> Self {
+        match self {
+            Self::Wide(tensor) => Self::Wide(tensor.narrow(0, part.offset, part.len)),
+            Self::Coded { codes, absmax } => Self::Coded {
+                codes: codes.narrow(0, part.offset, part.len),
+                // Whole blocks lie before every part.
+                absmax: absmax.narrow(0, part.offset / BLOCK, blocks_of(part.len)),
+            },
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn runs_of(lengths: &[i64]) -> Vec<(i64, i64, bool, usize)> {
+        let shapes = lengths.iter().enumerate().map(|(index, len)| (index.to_string(), vec![*len]));
+        let parameters = ParamSet::zeros(shapes, Device::Cpu);
+        let describe = |run: Run| {
+            (run.offset, run.len, matches!(run.moments[0], Moment::Coded { .. }), run.parts.len())
         };
-        held.hold(Tensor::zeros([len], (Kind::Float, device)), code);
-        held
+        runs(parameters.slots(), Device::Cpu).into_iter().map(describe).collect()
     }
 
-    /// The moment in f32, `[len]`.
-    fn wide(&self, code: &Code) -> Tensor {
-        match self {
-            Self::Wide(tensor) => tensor.shallow_clone(),
-            Self::Coded { codes, absmax } => {
-                let levels = code.levels.index_select(0, &codes.to_kind(Kind::Int64));
-                unblock(&(blocks(&levels) * absmax.unsqueeze(1)), codes.size()[0])
-            }
-        }
+    #[test]
+    fn an_adapter_of_whole_blocks_is_one_run() {
+        assert_eq!(runs_of(&[4096, 8192, 262_144]), [(0, 274_432, true, 3)]);
     }
 
-    fn hold(&mut self, moment: Tensor, code: &Code) {
-        match self {
-            Self::Wide(tensor) => tensor.copy_(&moment),
-            Self::Coded { codes, absmax } => {
-                let blocked = blocks(&moment); // [blocks, 256]
-                let scale = blocked.abs().amax([1i64].as_slice(), true); // [blocks, 1]
-                // A block of zeros has no scale; any positive divisor gives the code of zero.
-                let divisor = scale.where_self(&scale.gt(0.0), &scale.ones_like());
-                codes.copy_(&code.nearest(&unblock(&(blocked / divisor), moment.size()[0])));
-                absmax.copy_(&scale.squeeze_dim(1));
-            }
-        }
+    #[test]
+    fn a_broken_block_or_another_form_ends_a_run() {
+        assert_eq!(
+            runs_of(&[4096, 4097, 8192, 100, 0, 4095, 4096]),
+            [(0, 8193, true, 2), (8193, 8192, true, 1), (16_385, 4195, false, 3), (20_580, 4096, true, 1)]
+        );
+        assert_eq!(runs_of(&[]), []);
     }
-}
-
-impl Code {
-    fn new(signed: bool, device: Device) -> Self {
-        let levels = Tensor::from_slice(&dynamic_map(signed)).to_device(device);
-        let midpoints = (levels.narrow(0, 0, 255) + levels.narrow(0, 1, 255)) / 2.0;
-        Self { levels, midpoints }
-    }
-
-    /// The code nearest to each of `normed` in [-1, 1], the lower one of two as near.
-    fn nearest(&self, normed: &Tensor) -> Tensor {
-        normed.bucketize(&self.midpoints, false, false).to_kind(Kind::Uint8)
-    }
-}
-
-/// `[len]` → `[ceil(len / 256), 256]`, padded with zeros.
-fn blocks(flat: &Tensor) -> Tensor {
-    let missing = (BLOCK - flat.size()[0] % BLOCK) % BLOCK;
-    let padded = if missing == 0 { flat.shallow_clone() } else { flat.constant_pad_nd([0, missing]) };
-    padded.view([-1, BLOCK])
-}
-
-/// The first `len` elements of blocks.
-fn unblock(blocked: &Tensor, len: i64) -> Tensor {
-    blocked.reshape([-1]).narrow(0, 0, len)
-}
-
-/// Scales gradients down to `max_norm` as `torch.nn.utils.clip_grad_norm_` does and gives their norm before;
-/// a `max_norm` of 0 leaves them as they are.
-pub fn clip_grad_norm(gradients: &ParamSet, max_norm: f64) -> f64 {
-    tch::no_grad(|| {
-        let norm = gradients.flat().norm().double_value(&[]);
-        let factor = max_norm / (norm + 1e-6);
-        if max_norm > 0.0 && factor < 1.0 {
-            let _ = gradients.flat().shallow_clone().g_mul_scalar_(factor);
-        }
-        norm
-    })
 }
