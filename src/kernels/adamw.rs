@@ -293,7 +293,10 @@ fn check_common(
 
 fn check(what: &str, tensor: &Tensor, kind: Kind, len: i64, device: Device) -> Result<()> {
     ensure!(
-        tensor.kind() == kind && tensor.size() == [len] && tensor.device() == device && tensor.is_contiguous(),
+        tensor.kind() == kind
+            && tensor.size() == [len]
+            && tensor.device() == device
+            && tensor.is_contiguous(),
         "AdamW: {what}: {:?} {:?} on {:?}, expected {kind:?} [{len}] on {device:?}, contiguous",
         tensor.kind(),
         tensor.size(),
@@ -390,6 +393,9 @@ mod tests {
         assert!(told.to_string().contains("the rounded parameters: Float [300]"), "{told}");
         let strided = floats(600).view([300, 2]).select(1, 0);
         let told = adamw_32bit(&p, None, &strided, &p, &p, &scalar(1.0), &STEP).unwrap_err();
-        assert!(told.to_string().contains("the gradient") && told.to_string().contains("contiguous"), "{told}");
+        assert!(
+            told.to_string().contains("the gradient") && told.to_string().contains("contiguous"),
+            "{told}"
+        );
     }
 }

@@ -4,6 +4,7 @@
 //! are made anew from the seed; outputs are poisoned first and lie between guards that must stay as they were.
 //! A kernel that can be exact must equal its twin bit for bit (`exact`), others keep to a tolerance (`tolerance`).
 
+mod adamw;
 mod bandwidth;
 mod bitsandbytes;
 mod dropout;
@@ -83,6 +84,7 @@ pub fn all(device: Device, seed: i64, library: Option<&CudaLibrary>) -> Vec<Chec
     ];
     checks.extend(rms_norm::checks(device));
     checks.extend(nf4::checks(device));
+    checks.extend(adamw::checks(device));
     if let Some(library) = library {
         let outcome = bitsandbytes::as_bitsandbytes(device, library);
         checks.push(Check::new("nf4, as bitsandbytes on the GPU", outcome));

@@ -92,6 +92,15 @@ impl Gpu {
         self.capability
     }
 
+    /// Multiprocessors: how many groups of blocks run at a time.
+    ///
+    /// # Errors
+    /// When the driver fails.
+    pub fn multiprocessors(&self) -> Result<u32> {
+        let count = sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT;
+        Ok(u32::try_from(self.context.attribute(count).map_err(driver_error)?)?)
+    }
+
     /// Bytes of memory, free and in all.
     ///
     /// # Errors

@@ -2,6 +2,7 @@
 //!
 //! The one place for `unsafe`: memory that tch or the driver lends, and calls into libraries loaded at run time.
 
+pub mod adamw;
 pub mod attention;
 #[expect(unsafe_code, reason = "calls into a foreign library on tensor memory")]
 pub mod bitsandbytes;

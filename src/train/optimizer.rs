@@ -230,7 +230,10 @@ impl Run {
             let (p, g, copy) = (within(p)?, within(g)?, copy.map(within).transpose()?);
             let moments = [self.moments[0].narrow(part), self.moments[1].narrow(part)];
             match &moments {
-                [Moment::Coded { codes: m, absmax: m_absmax }, Moment::Coded { codes: v, absmax: v_absmax }] => {
+                [
+                    Moment::Coded { codes: m, absmax: m_absmax },
+                    Moment::Coded { codes: v, absmax: v_absmax },
+                ] => {
                     adamw_8bit(&p, copy.as_ref(), &g, (m, m_absmax), (v, v_absmax), norm_squared, step)?;
                 }
                 [Moment::Wide(m), Moment::Wide(v)] => {
@@ -264,9 +267,8 @@ mod tests {
     fn runs_of(lengths: &[i64]) -> Vec<(i64, i64, bool, usize)> {
         let shapes = lengths.iter().enumerate().map(|(index, len)| (index.to_string(), vec![*len]));
         let parameters = ParamSet::zeros(shapes, Device::Cpu);
-        let describe = |run: Run| {
-            (run.offset, run.len, matches!(run.moments[0], Moment::Coded { .. }), run.parts.len())
-        };
+        let describe =
+            |run: Run| (run.offset, run.len, matches!(run.moments[0], Moment::Coded { .. }), run.parts.len());
         runs(parameters.slots(), Device::Cpu).into_iter().map(describe).collect()
     }
 

@@ -10,7 +10,7 @@ use serde_json::Value;
 use tch::{Device, Tensor};
 
 use super::interrupt::Interrupt;
-use super::optimizer::{AdamW, clip_grad_norm};
+use super::optimizer::AdamW;
 use super::plan::Plan;
 use super::report;
 use super::validate::{Validation, validate};
@@ -219,11 +219,10 @@ impl<'a> Training<'a> {
         let tokens: i64 = batches.iter().map(Batch::tokens).sum();
         let sum = self.accumulate(&batches, supervised)?;
         let loss = sum / supervised.max(1) as f64;
-        let grad_norm = clip_grad_norm(&self.gradients, self.plan.recipe.train.max_grad_norm);
-        self.check_finite(loss, grad_norm)?;
         let lr = self.plan.rate.at(self.step);
         let adapters = self.decoder.adapters().context("the decoder took no adapter")?;
-        self.optimizer.step(adapters, &self.gradients, lr, self.step + 1);
+        let grad_norm = self.optimizer.step(adapters, &self.gradients, None, lr, self.step + 1)?.value();
+        self.check_finite(loss, grad_norm)?;
         self.decoder.adapters_changed();
         self.step += 1;
         self.epoch_loss = (self.epoch_loss.0 + sum, self.epoch_loss.1 + supervised);
@@ -273,7 +272,7 @@ impl<'a> Training<'a> {
         Ok(sum)
     }
 
-    /// A step on such numbers would spoil the adapter; the last checkpoint is whole.
+    /// A step on such gradients changed nothing, on such a loss it spoilt the adapter; the last checkpoint is whole.
     fn check_finite(&self, loss: f64, grad_norm: f64) -> Result<()> {
         if loss.is_finite() && grad_norm.is_finite() {
             return Ok(());
