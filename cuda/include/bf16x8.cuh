@@ -23,7 +23,7 @@ __device__ __forceinline__ uint32_t pack(float low, float high) {
          static_cast<uint32_t>(__bfloat16_as_ushort(pair.y)) << 16;
 }
 
-// Eight elements, of which `valid` exist; the others are +0 and not read. Vectorised: one access, valid is 8 or 0.
+// Eight elements, of which `valid` count; the others are not read and +0. Vectorised: all eight or none are read.
 template <bool kVectorised>
 __device__ __forceinline__ Bf16x8 load8(const __nv_bfloat16* from, uint32_t valid) {
   Bf16x8 x = {{0, 0, 0, 0}};
@@ -38,7 +38,7 @@ __device__ __forceinline__ Bf16x8 load8(const __nv_bfloat16* from, uint32_t vali
   return x;
 }
 
-// Writes those of eight elements that exist.
+// Writes those of eight elements that count, vectorised all eight or none.
 template <bool kVectorised>
 __device__ __forceinline__ void store8(__nv_bfloat16* to, const Bf16x8& x, uint32_t valid) {
   if constexpr (kVectorised) {

@@ -7,11 +7,14 @@
 mod adamw;
 mod bandwidth;
 mod bitsandbytes;
+mod cross_entropy;
 mod dropout;
 mod exact;
 mod inputs;
 mod nf4;
 mod rms_norm;
+mod rope;
+mod swiglu;
 mod tolerance;
 
 use anyhow::Result;
@@ -83,6 +86,9 @@ pub fn all(device: Device, seed: i64, library: Option<&CudaLibrary>) -> Vec<Chec
         Check::new("nf4 on the GPU, as on the processor", bitsandbytes::across_devices(device)),
     ];
     checks.extend(rms_norm::checks(device));
+    checks.extend(rope::checks(device));
+    checks.extend(swiglu::checks(device));
+    checks.extend(cross_entropy::checks(device));
     checks.extend(nf4::checks(device));
     checks.extend(adamw::checks(device));
     if let Some(library) = library {

@@ -7,6 +7,7 @@ pub mod attention;
 #[expect(unsafe_code, reason = "calls into a foreign library on tensor memory")]
 pub mod bitsandbytes;
 pub mod check;
+#[expect(unsafe_code, reason = "kernel launches")]
 pub mod cross_entropy;
 #[expect(unsafe_code, reason = "libtorch's CUDA half is loaded at run time")]
 pub mod device;
@@ -25,6 +26,8 @@ pub mod nf4;
 pub mod philox;
 #[expect(unsafe_code, reason = "kernel launches")]
 pub mod rms_norm;
+#[expect(unsafe_code, reason = "kernel launches")]
 pub mod rope;
 mod rows;
+#[expect(unsafe_code, reason = "kernel launches")]
 pub mod swiglu;
