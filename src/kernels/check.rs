@@ -83,6 +83,10 @@ pub fn all(device: Device, seed: i64, library: Option<&CudaLibrary>) -> Vec<Chec
         Check::new("device copy, for comparison", bandwidth::copy(device)),
         Check::new("dropout_f32", dropout::kernel(device, Kind::Float)),
         Check::new("dropout_bf16", dropout::kernel(device, Kind::BFloat16)),
+        Check::new("dropout_rows_f32", dropout::rows(device, Kind::Float, false)),
+        Check::new("dropout_rows_bf16", dropout::rows(device, Kind::BFloat16, false)),
+        Check::new("dropout_add_rows_f32", dropout::rows(device, Kind::Float, true)),
+        Check::new("dropout_add_rows_bf16", dropout::rows(device, Kind::BFloat16, true)),
         Check::new("nf4 on the GPU, as on the processor", bitsandbytes::across_devices(device)),
     ];
     checks.extend(rms_norm::checks(device));

@@ -13,6 +13,7 @@ use tch::{Device, Kind, Tensor};
 use super::gpu::{Gpu, KernelParams};
 use super::host::{self, Element};
 use super::philox::{ROUNDS, philox4x32};
+use super::rows::{Rows, gpu_of, vectorised};
 
 /// Elements a mask can cover: 2³² counters of four words.
 const MAX_ELEMENTS: usize = 1 << 34;
@@ -65,9 +66,66 @@ pub fn dropout_reference(x: &Tensor, p: f64, key: DropoutKey) -> Result<Tensor> 
     Ok(y.f_to_device(x.device())?)
 }
 
+/// [`dropout`] of the rows of `x` into those of `y`: views `[rows, columns]` of one dtype (f32 or bf16) whose rows may lie
+/// any distance apart, not overlapping. The mask is that of a contiguous `[rows, columns]`. With `p = 0` it is a copy.
+///
+/// # Errors
+/// When shapes, dtypes or devices differ, rows overlap or are not contiguous, they hold more than 2³⁴ elements, `p` is
+/// outside `[0, 1)`, or the driver fails.
+pub fn dropout_rows_into(x: &Tensor, y: &Tensor, p: f64, key: DropoutKey) -> Result<()> {
+    let (from, to) = check_rows(x, y, p)?;
+    if y.device().is_cuda() {
+        return launch_rows(
+            ["dropout_rows_f32", "dropout_rows_bf16"],
+            x.kind(),
+            &from,
+            &to,
+            Mask::new(p, key),
+        );
+    }
+    Ok(y.shallow_clone().f_copy_(&dropout_reference(&x.f_contiguous()?, p, key)?)?)
+}
+
+/// Adds [`dropout`] of the rows of `d` to those of `dx`, views as in [`dropout_rows_into`]. Product and sum are in f32,
+/// rounded to `dx`'s dtype once: the backward pass of dropout into a gradient that exists.
+///
+/// # Errors
+/// As [`dropout_rows_into`].
+pub fn dropout_add_rows(dx: &Tensor, d: &Tensor, p: f64, key: DropoutKey) -> Result<()> {
+    let (from, to) = check_rows(d, dx, p)?;
+    if dx.device().is_cuda() {
+        let names = ["dropout_add_rows_f32", "dropout_add_rows_bf16"];
+        return launch_rows(names, d.kind(), &from, &to, Mask::new(p, key));
+    }
+    dropout_add_rows_reference(dx, d, p, key)
+}
+
+/// The twin of [`dropout_add_rows`], on any device.
+///
+/// # Errors
+/// As [`dropout_add_rows`].
+pub fn dropout_add_rows_reference(dx: &Tensor, d: &Tensor, p: f64, key: DropoutKey) -> Result<()> {
+    check_rows(d, dx, p)?;
+    // In f32 the kept products are not rounded again.
+    let kept = dropout_reference(&d.f_to_kind(Kind::Float)?.f_contiguous()?, p, key)?;
+    Ok(dx.shallow_clone().f_copy_(&(dx.f_to_kind(Kind::Float)? + kept))?)
+}
+
+fn check_rows<'a>(x: &'a Tensor, y: &'a Tensor, p: f64) -> Result<(Rows<'a>, Rows<'a>)> {
+    check_mask(x, p)?;
+    let from = Rows::new("x", x, x.kind())?;
+    let to = Rows::of("y", y, x.kind(), [from.rows, from.columns])?;
+    ensure!(x.device() == y.device(), "dropout from {:?} to {:?}", x.device(), y.device());
+    Ok((from, to))
+}
+
 fn check(x: &Tensor, p: f64) -> Result<()> {
-    ensure!((0.0..1.0).contains(&p), "dropout probability is {p}, expected a value in [0, 1)");
     ensure!(x.is_contiguous(), "dropout needs a contiguous tensor, got strides {:?}", x.stride());
+    check_mask(x, p)
+}
+
+fn check_mask(x: &Tensor, p: f64) -> Result<()> {
+    ensure!((0.0..1.0).contains(&p), "dropout probability is {p}, expected a value in [0, 1)");
     ensure!(x.numel() <= MAX_ELEMENTS, "dropout covers at most {MAX_ELEMENTS} elements, got {}", x.numel());
     match x.kind() {
         Kind::Float | Kind::BFloat16 => Ok(()),
@@ -157,6 +215,61 @@ pub(super) fn launch(x: &Tensor, y: &Tensor, mask: Mask) -> Result<()> {
         LaunchConfig { grid_dim: (blocks, 1, 1), block_dim: (THREADS as u32, 1, 1), shared_mem_bytes: 0 };
     // SAFETY: x and y are contiguous, of the kernel's dtype and length, on this GPU (checked above), and y is written by
     // nobody else; libtorch orders the release of both after this launch.
+    unsafe { gpu.launch(kernel, shape, &params) }
+}
+
+/// The argument of the kernels of rows in cuda/dropout.cu, field by field as there.
+#[repr(C)]
+#[derive(Debug, Clone, Copy)]
+struct DropoutRowsParams {
+    x: u64,
+    y: u64,
+    elements: u64,
+    columns: u64,
+    x_stride: u64,
+    y_stride: u64,
+    seed: u64,
+    microbatch: u64,
+    module: u32,
+    threshold: u32,
+    scale: f32,
+    vectorised: u32,
+}
+
+const _: () = assert!(size_of::<DropoutRowsParams>() == 80, "cuda/dropout.cu asserts the same size");
+
+// SAFETY: `repr(C)`, numbers only, the same fields in the same order as in cuda/dropout.cu.
+unsafe impl KernelParams for DropoutRowsParams {}
+
+/// Runs one of the kernels of rows, of which `names` has the f32 and the bf16 form. The rows have passed [`check_rows`].
+fn launch_rows(names: [&'static str; 2], kind: Kind, x: &Rows<'_>, y: &Rows<'_>, mask: Mask) -> Result<()> {
+    let (elements, columns) = ((x.rows * x.columns) as u64, x.columns as u64);
+    if elements == 0 {
+        return Ok(());
+    }
+    let size = THREAD_BYTES as u64 / kind.elt_size_in_bytes() as u64;
+    let gpu = gpu_of(&[x, y])?;
+    let kernel = gpu.kernel("dropout", names[usize::from(kind != Kind::Float)])?;
+    let params = DropoutRowsParams {
+        x: x.address(),
+        y: y.address(),
+        elements,
+        columns,
+        x_stride: x.stride(),
+        y_stride: y.stride(),
+        seed: mask.key.seed,
+        microbatch: mask.key.microbatch,
+        module: mask.key.module,
+        threshold: mask.threshold,
+        scale: mask.scale,
+        vectorised: u32::from(vectorised(&[x, y]) && columns / size <= u64::from(u32::MAX)),
+    };
+    // At most 2³⁴ elements, so at most 2²⁴ blocks.
+    let blocks = elements.div_ceil(size).div_ceil(THREADS as u64) as u32;
+    let shape =
+        LaunchConfig { grid_dim: (blocks, 1, 1), block_dim: (THREADS as u32, 1, 1), shared_mem_bytes: 0 };
+    // SAFETY: x and y are rows of the kernel's dtype and of one shape on this GPU (checked above), y is written by nobody
+    // else; libtorch orders the release of both after this launch.
     unsafe { gpu.launch(kernel, shape, &params) }
 }
 
@@ -380,5 +493,50 @@ mod tests {
         assert!(dropout(&x.tr(), 0.1, KEY).unwrap_err().to_string().contains("contiguous"));
         let double = x.to_kind(Kind::Double);
         assert!(dropout(&double, 0.1, KEY).unwrap_err().to_string().contains("f32 and bf16"));
+    }
+
+    /// A view `[rows, columns]` inside a wider buffer of sevens.
+    fn strided(values: &Tensor) -> (Tensor, Tensor) {
+        let (rows, columns) = values.size2().unwrap();
+        let buffer = Tensor::full([rows, columns + 5], 7.0, (values.kind(), Device::Cpu));
+        let view = buffer.narrow(1, 3, columns);
+        view.shallow_clone().copy_(values);
+        (buffer, view)
+    }
+
+    #[test]
+    fn rows_take_the_mask_of_the_contiguous_matrix() {
+        for kind in [Kind::Float, Kind::BFloat16] {
+            for (rows, columns) in [(1, 1), (3, 7), (5, 64)] {
+                let x = Tensor::randn([rows, columns], (kind, Device::Cpu));
+                let (buffer, y) = strided(&x.zeros_like());
+                dropout_rows_into(&strided(&x).1, &y, 0.3, KEY).unwrap();
+                assert!(y.equal(&dropout(&x, 0.3, KEY).unwrap()), "{kind:?} [{rows}, {columns}]");
+                assert_eq!(buffer.eq(7.0).sum(Kind::Int64).int64_value(&[]), rows * 5);
+                dropout_rows_into(&x, &y, 0.0, KEY).unwrap();
+                assert!(y.equal(&x));
+            }
+        }
+    }
+
+    #[test]
+    fn an_added_row_is_rounded_once() {
+        let dx = Tensor::randn([9, 33], (Kind::BFloat16, Device::Cpu));
+        let d = Tensor::randn([9, 33], (Kind::BFloat16, Device::Cpu)) * 0.01;
+        let (buffer, sum) = strided(&dx);
+        dropout_add_rows(&sum, &strided(&d).1, 0.4, KEY).unwrap();
+        let kept = dropout(&d.to_kind(Kind::Float), 0.4, KEY).unwrap();
+        assert!(sum.equal(&(dx.to_kind(Kind::Float) + kept).to_kind(Kind::BFloat16)));
+        assert_eq!(buffer.eq(7.0).sum(Kind::Int64).int64_value(&[]), 45);
+    }
+
+    #[test]
+    fn rows_that_do_not_fit_are_refused() {
+        let x = Tensor::zeros([4, 6], (Kind::Float, Device::Cpu));
+        let refused = |y: &Tensor| dropout_rows_into(&x, y, 0.1, KEY).unwrap_err().to_string();
+        assert!(refused(&x.narrow(0, 0, 3)).contains("[3, 6], expected [4, 6]"));
+        assert!(refused(&x.to_kind(Kind::BFloat16)).contains("BFloat16"));
+        assert!(refused(&Tensor::zeros([6, 4], (Kind::Float, Device::Cpu)).tr()).contains("not contiguous"));
+        assert!(dropout_add_rows(&x, &x, 1.0, KEY).unwrap_err().to_string().contains("[0, 1)"));
     }
 }

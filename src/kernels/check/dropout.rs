@@ -1,13 +1,16 @@
 //! Dropout, bit for bit.
 
-use anyhow::{Result, bail};
+use anyhow::{Context as _, Result, bail};
 use tch::{Device, Kind, Tensor};
 
 use super::bandwidth::bandwidth;
 use super::exact::{first_difference, random_bits};
-use super::tolerance::GUARD;
+use super::tolerance::{Framed, GUARD, Layout};
 use super::{BEYOND_CACHES, Outcome};
-use crate::kernels::dropout::{self, DropoutKey, Mask, dropout_reference};
+use crate::kernels::dropout::{
+    self, DropoutKey, Mask, dropout_add_rows, dropout_add_rows_reference, dropout_reference,
+    dropout_rows_into,
+};
 
 pub(super) fn kernel(device: Device, kind: Kind) -> Result<Outcome> {
     let key = DropoutKey { seed: 0xfeed_beef_dead_cafe, microbatch: (7 << 32) | 9, module: 41 };
@@ -57,4 +60,71 @@ fn rate(device: Device, kind: Kind) -> Result<f64> {
     let y = x.f_empty_like()?;
     let mask = Mask::new(0.1, DropoutKey { seed: 1, microbatch: 2, module: 3 });
     bandwidth(device, 2 * BEYOND_CACHES, 1, |_| dropout::launch(&x, &y, mask))
+}
+
+/// Rows of one element, of no whole vector, of one in one dtype only, of vectors.
+const SHAPES: [[i64; 2]; 7] = [[1, 1], [7, 1], [3, 13], [5, 100], [129, 64], [3, 4096], [67, 1032]];
+
+pub(super) fn rows(device: Device, kind: Kind, adds: bool) -> Result<Outcome> {
+    let key = DropoutKey { seed: 0x0dd_ba11, microbatch: (3 << 33) | 5, module: 17 };
+    let mut cases = 0;
+    for [rows, columns] in SHAPES {
+        let dense = Layout::dense(rows, columns);
+        let wide = dense.strided(columns + 8);
+        for layouts in [
+            [dense, dense],
+            [wide, dense.strided(columns + 64)],
+            [dense.at(1), wide],
+            [dense.strided(columns + 3), dense.at(8)],
+        ] {
+            for p in [0.0, 0.1, 0.5] {
+                rows_case(device, kind, adds, layouts, p, key)
+                    .with_context(|| format!("from and to {layouts:?}, p = {p}"))?;
+                cases += 1;
+            }
+        }
+    }
+    Ok(Outcome::exact(cases).at(rows_rate(device, kind, adds)?))
+}
+
+fn rows_case(
+    device: Device,
+    kind: Kind,
+    adds: bool,
+    [from, to]: [Layout; 2],
+    p: f64,
+    key: DropoutKey,
+) -> Result<()> {
+    let shape = [from.rows, from.columns];
+    let numbers = || Tensor::randn(shape, (Kind::Float, Device::Cpu)).to_kind(kind);
+    // Which bits of no number remain is not told where nothing is dropped, or of a sum.
+    let x = if adds || p == 0.0 { numbers() } else { random_bits(kind, shape[0] * shape[1]).view(shape) };
+    let y = numbers();
+    let (found_x, found_y) =
+        (Framed::input(&x.to_device(device), from)?, Framed::input(&y.to_device(device), to)?);
+    if adds {
+        dropout_add_rows(&found_y.view(), &found_x.view(), p, key)?;
+        dropout_add_rows_reference(&y, &x, p, key)?;
+    } else {
+        dropout_rows_into(&found_x.view(), &found_y.view(), p, key)?;
+        y.shallow_clone().copy_(&dropout_reference(&x, p, key)?);
+    }
+    found_y.intact("y")?;
+    match first_difference(&y, &found_y.view().to_device(Device::Cpu)) {
+        None => Ok(()),
+        Some(difference) => bail!("{difference}"),
+    }
+}
+
+/// GB/s over rows with a gap between them, as many bytes read (twice when adding) as written.
+fn rows_rate(device: Device, kind: Kind, adds: bool) -> Result<f64> {
+    let columns = 8192;
+    let rows = BEYOND_CACHES / kind.elt_size_in_bytes() as i64 / columns;
+    let buffer = || Tensor::f_zeros([rows, columns + 64], (kind, device));
+    let (x, y) = (buffer()?.narrow(1, 0, columns), buffer()?.narrow(1, 0, columns));
+    let key = DropoutKey { seed: 1, microbatch: 2, module: 3 };
+    let moved = if adds { 3 } else { 2 } * BEYOND_CACHES;
+    bandwidth(device, moved, 1, |_| {
+        if adds { dropout_add_rows(&y, &x, 0.1, key) } else { dropout_rows_into(&x, &y, 0.1, key) }
+    })
 }
