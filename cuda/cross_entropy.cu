@@ -107,14 +107,20 @@ __device__ __forceinline__ void mask(Bf16x8& x, uint32_t valid) {
   }
 }
 
-// Vector `first / 8` of the row, minus infinity from `vocab` on.
+// The vectors of a turn, which lie kThreads apart: the first begins at column `first`. Minus infinity from `vocab` on.
 template <bool kVectorised>
-__device__ __forceinline__ Bf16x8 load_logits(const __nv_bfloat16* row, uint32_t first, uint32_t vocab) {
-  const uint32_t valid = granite::valid8(first, vocab);
-  // The columns behind `vocab` exist, so a vectorised access may take them along.
-  Bf16x8 x = granite::load8<kVectorised>(row + first, valid);
-  if (valid < 8) mask(x, valid);
-  return x;
+__device__ __forceinline__ void load_turn(Bf16x8 (&x)[kTurn], const __nv_bfloat16* row, uint32_t first, uint32_t vocab) {
+#pragma unroll
+  for (int v = 0; v < kTurn; ++v) {
+    // Columns behind `vocab` exist up to the vector's end, so a vectorised access may take them along.
+    const uint32_t column = first + 8 * kThreads * v;
+    x[v] = granite::load8<kVectorised>(row + column, granite::valid8(column, vocab));
+  }
+  // Apart from the loads, so that no branch stands between them.
+  if (first + 8 * kThreads * (kTurn - 1) + 8 > vocab) {
+#pragma unroll
+    for (int v = 0; v < kTurn; ++v) mask(x[v], granite::valid8(first + 8 * kThreads * v, vocab));
+  }
 }
 
 __device__ __forceinline__ void add(SoftmaxSum& total, const Bf16x8 (&x)[kTurn], float k) {
@@ -218,8 +224,7 @@ __device__ __forceinline__ void cross_entropy(const CrossEntropyParams& p) {
   SoftmaxSum total = {-INFINITY, 0.0f};
   for (uint32_t first = 8 * threadIdx.x; first < p.vocab; first += 8 * kThreads * kTurn) {
     Bf16x8 x[kTurn];
-#pragma unroll
-    for (int v = 0; v < kTurn; ++v) x[v] = load_logits<kVectorised>(row, first + 8 * kThreads * v, p.vocab);
+    load_turn<kVectorised>(x, row, first, p.vocab);
     if constexpr (kKeep) {
 #pragma unroll
       for (int v = 0; v < kTurn; ++v) {
@@ -245,7 +250,7 @@ __device__ __forceinline__ void cross_entropy(const CrossEntropyParams& p) {
         if constexpr (kKeep) {
           d = gradient.of(kept[first / 8], first);
         } else {
-          d = gradient.of(load_logits<kVectorised>(row, first, p.vocab), first);
+          d = gradient.of(granite::load8<kVectorised>(row + first, valid), first);
         }
         if (valid < 8) clear(d, valid);
       }
