@@ -1,14 +1,21 @@
-// NF4 weights to numbers.
+// NF4 weights to numbers, and numbers to NF4 weights.
 //
 //   scale[b]  = nested_code[absmax[b]] * nested_absmax[b / 256] + nested_offset       each step rounded to f32
 //   weight[i] = round(level[nibble(i)] * scale[i / 64])                               the product in f32
 //   nibble(i) = packed[i / 2] >> 4 for even i, & 15 for odd i;  i = row * columns + column, whatever out's layout
+//
+//   scale[b]  = max |weight| of the block;  nibble = boundaries between levels below weight * (1 / max(scale, 1e-38))
+//   nested_offset = f32(mean of the scales), the sum in f64 over the sums of 256
+//   absmax[b] = nearest of nested_code to (scale[b] - nested_offset) * (1 / max(nested_absmax, 1e-38)), the even of two as near
+//   nested_absmax = max |scale - nested_offset| of 256
 //
 // Operands
 //   packed         [elements / 2] u8, elements a multiple of 64
 //   absmax         [elements / 64] u8
 //   nested_absmax  [ceil(elements / 64 / 256)] f32
 //   nested_code    [256] f32
+//   scales         [elements / 64] f32, sums [ceil(elements / 64 / 256)] f64: on the way to absmax
+//   weights        [elements] f32, bf16 or f16, contiguous
 //   out            [elements / columns, columns] f32 or bf16, row r beginning at r * row_stride (in elements); rows may not
 //                  overlap each other or an operand. Columns beyond `columns` of a wider row are left alone.
 //
@@ -19,13 +26,19 @@
 //     four chunks, 256 apart, and asks for all it reads before it needs any of it. Neighbouring lanes have neighbouring
 //     chunks: a warp reads 128 bytes of codes and writes 512 bytes in one access each. chunks < 2^31.
 //   nf4_dequantize_any_{f32,bf16}   grid ceil(elements / 2 / 256), block 256: one byte of codes a thread, any layout
+//   nf4_quantize_{f32,bf16,f16}     grid ceil(elements / 64 / 8), block 256: a warp a block, a lane two weights and their byte
+//   nf4_sum_scales                  grid ceil(elements / 64 / 256 / 256), block 256: a thread sums 256 scales in their order
+//   nf4_nest                        grid ceil(elements / 64 / 256 / 8), block 256, 1 KiB of shared memory: a warp 256 scales
+//     Quantisation happens once per weight, as fast as a file is read; the mean is taken on the host, from the sums, which
+//     are finite where every weight is.
 //
 // Cost     0.516 bytes read and sizeof(T) written a weight: 2.516 for bf16. An H100 at 3.0 TB/s writes 1.2 T weights a second, and
 //   issues about 24 instructions a weight meanwhile; this takes 10. The 16 levels lie in 16 banks of shared memory: lanes
 //   with one level read one word, lanes with different levels different banks. The measured fraction: see cuda/NOTES.md.
 //
-// Twin     Nf4Weight::dequantize_reference in src/kernels/nf4.rs, equal bit for bit.
+// Twin     Nf4Weight::dequantize_reference, and Nf4Weight::quantize on the CPU, in src/kernels/nf4.rs, equal bit for bit.
 #include <cuda_bf16.h>
+#include <cuda_fp16.h>
 
 #include <cstdint>
 
@@ -46,6 +59,21 @@ struct DequantizeParams {
   float nested_offset;
 };
 static_assert(sizeof(DequantizeParams) == 80, "src/kernels/nf4/gpu.rs asserts the same size");
+
+struct QuantizeParams {
+  const void* weights;
+  uint8_t* packed;
+  float* scales;
+  double* sums;
+  const float* nested_code;
+  uint8_t* absmax;
+  float* nested_absmax;
+  uint64_t blocks;
+  uint64_t nested_blocks;
+  float nested_offset;
+  uint32_t unused;
+};
+static_assert(sizeof(QuantizeParams) == 80, "src/kernels/nf4/gpu.rs asserts the same size");
 
 constexpr int kThreads = 256;
 constexpr int kChunksPerThread = 4;
@@ -162,7 +190,109 @@ __device__ __forceinline__ void dequantize_any(const DequantizeParams& p) {
   }
 }
 
+// ---- Quantisation.
+
+constexpr unsigned kWholeWarp = 0xffffffffu;
+
+__device__ __forceinline__ float widened(float x) { return x; }
+__device__ __forceinline__ float widened(__nv_bfloat16 x) { return __bfloat162float(x); }
+__device__ __forceinline__ float widened(__half x) { return __half2float(x); }
+
+// The largest magnitude in the warp; no number where one is none, as its bits are the largest.
+__device__ __forceinline__ float largest_magnitude(uint32_t bits) {
+  return __uint_as_float(__reduce_max_sync(kWholeWarp, bits));
+}
+
+__device__ __forceinline__ uint32_t magnitude(float x) { return __float_as_uint(x) & 0x7fffffffu; }
+
+__device__ __forceinline__ float reciprocal(float scale) { return __fdiv_rn(1.0f, fmaxf(scale, 1e-38f)); }
+
+// How many boundaries between levels lie below x.
+__device__ __forceinline__ uint32_t nearest_level(float x) {
+  uint32_t below = 0;
+#pragma unroll
+  for (int i = 0; i < 15; ++i) below += x > __fmul_rn(__fadd_rn(kLevels[i], kLevels[i + 1]), 0.5f);
+  return below;
+}
+
+template <typename T>
+__device__ __forceinline__ void quantize(const QuantizeParams& p) {
+  const uint64_t block = static_cast<uint64_t>(blockIdx.x) * (kThreads / 32) + threadIdx.x / 32;
+  if (block >= p.blocks) return;
+  const uint32_t lane = threadIdx.x % 32;
+  const T* weights = static_cast<const T*>(p.weights) + block * kBlock + 2 * lane;
+  const float first = widened(weights[0]);
+  const float second = widened(weights[1]);
+  const uint32_t larger = magnitude(first) > magnitude(second) ? magnitude(first) : magnitude(second);
+  const float scale = largest_magnitude(larger);
+  const float by = reciprocal(scale);
+  const uint32_t byte = nearest_level(__fmul_rn(first, by)) << 4 | nearest_level(__fmul_rn(second, by));
+  p.packed[block * (kBlock / 2) + lane] = static_cast<uint8_t>(byte);
+  if (lane == 0) p.scales[block] = scale;
+}
+
+// The nearest of ascending levels; of two as near the one with the even number.
+__device__ __forceinline__ uint32_t nearest_code(const float* levels, float x) {
+  uint32_t below = 0;  // levels below x
+#pragma unroll
+  for (uint32_t step = 128; step > 0; step /= 2) {
+    if (levels[below + step - 1] < x) below += step;
+  }
+  const uint32_t above = below < 1 ? 1 : below;  // at most 255, as the steps sum to that
+  const float middle = __fmul_rn(__fadd_rn(levels[above - 1], levels[above]), 0.5f);
+  return x > middle || (x == middle && above % 2 == 0) ? above : above - 1;
+}
+
 }  // namespace
+
+extern "C" __global__ void __launch_bounds__(kThreads) nf4_quantize_f32(const __grid_constant__ QuantizeParams p) {
+  quantize<float>(p);
+}
+
+extern "C" __global__ void __launch_bounds__(kThreads) nf4_quantize_bf16(const __grid_constant__ QuantizeParams p) {
+  quantize<__nv_bfloat16>(p);
+}
+
+extern "C" __global__ void __launch_bounds__(kThreads) nf4_quantize_f16(const __grid_constant__ QuantizeParams p) {
+  quantize<__half>(p);
+}
+
+extern "C" __global__ void __launch_bounds__(kThreads) nf4_sum_scales(const __grid_constant__ QuantizeParams p) {
+  const uint64_t nested = static_cast<uint64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  if (nested >= p.nested_blocks) return;
+  const uint64_t first = nested * kNestedBlock;
+  const uint64_t end = first + kNestedBlock < p.blocks ? first + kNestedBlock : p.blocks;
+  double sum = 0.0;
+  for (uint64_t block = first; block < end; ++block) sum += static_cast<double>(p.scales[block]);
+  p.sums[nested] = sum;
+}
+
+extern "C" __global__ void __launch_bounds__(kThreads) nf4_nest(const __grid_constant__ QuantizeParams p) {
+  __shared__ float levels[kNestedBlock];
+  levels[threadIdx.x] = p.nested_code[threadIdx.x];
+  __syncthreads();
+  const uint64_t nested = static_cast<uint64_t>(blockIdx.x) * (kThreads / 32) + threadIdx.x / 32;
+  if (nested >= p.nested_blocks) return;
+  constexpr int kPerLane = kNestedBlock / 32;
+  const uint32_t lane = threadIdx.x % 32;
+  const uint64_t first = nested * kNestedBlock + lane;
+  float off[kPerLane];
+  uint32_t largest = 0;
+#pragma unroll
+  for (int i = 0; i < kPerLane; ++i) {
+    const uint64_t block = first + 32 * i;
+    off[i] = block < p.blocks ? __fsub_rn(p.scales[block], p.nested_offset) : 0.0f;
+    largest = magnitude(off[i]) > largest ? magnitude(off[i]) : largest;
+  }
+  const float scale = largest_magnitude(largest);
+  const float by = reciprocal(scale);
+#pragma unroll
+  for (int i = 0; i < kPerLane; ++i) {
+    const uint64_t block = first + 32 * i;
+    if (block < p.blocks) p.absmax[block] = static_cast<uint8_t>(nearest_code(levels, __fmul_rn(off[i], by)));
+  }
+  if (lane == 0) p.nested_absmax[nested] = scale;
+}
 
 extern "C" __global__ void __launch_bounds__(kThreads) nf4_dequantize_f32(const __grid_constant__ DequantizeParams p) {
   dequantize<float>(p);

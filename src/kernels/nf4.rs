@@ -73,12 +73,15 @@ pub struct Nf4Weight {
 }
 
 impl Nf4Weight {
-    /// Quantises a weight `[out, in]` of any float dtype; the result is on the CPU.
+    /// Quantises a weight `[out, in]` of any float dtype where it lies, with the same bits on the CPU and on a GPU.
     ///
     /// # Errors
     /// When the weight is not two-dimensional, its size is no multiple of 64, or a value is not finite.
     pub fn quantize(weight: &Tensor) -> Result<Self> {
         let shape = check_shape(weight)?;
+        if weight.device().is_cuda() {
+            return gpu::quantize(weight, shape);
+        }
         let weight = weight.to_device(Device::Cpu).contiguous();
         let (packed, scales) = match weight.kind() {
             Kind::Float => quantize_blocks(host::slice::<f32>(&weight)?),
@@ -87,8 +90,7 @@ impl Nf4Weight {
             Kind::Double => quantize_blocks(host::slice::<f32>(&weight.to_kind(Kind::Float))?),
             kind => anyhow::bail!("cannot quantise a weight of dtype {kind:?} to NF4"),
         };
-        ensure!(scales.iter().all(|scale| scale.is_finite()), "the weight holds a value that is not finite");
-        let nested = NestedScales::quantize(&scales);
+        let nested = NestedScales::quantize(&scales)?;
         Ok(Self {
             packed,
             absmax: Tensor::from_slice(&nested.codes),
@@ -323,10 +325,10 @@ struct NestedScales {
 }
 
 impl NestedScales {
-    fn quantize(scales: &[f32]) -> Self {
-        // Summed in f64: the mean is then the nearest f32, whatever the number of cores.
-        let sum: f64 = scales.iter().map(|scale| f64::from(*scale)).sum();
-        let offset = (sum / scales.len().max(1) as f64) as f32;
+    fn quantize(scales: &[f32]) -> Result<Self> {
+        let sum = |block: &[f32]| block.iter().map(|scale| f64::from(*scale)).sum::<f64>();
+        let sums: Vec<f64> = scales.chunks(NESTED_BLOCK).map(sum).collect();
+        let offset = mean(&sums, scales.len())?;
         let levels = dynamic_map(true);
         let mut codes = Vec::with_capacity(scales.len());
         let mut absmax = Vec::with_capacity(scales.len().div_ceil(NESTED_BLOCK));
@@ -336,8 +338,17 @@ impl NestedScales {
             codes.extend(block.iter().map(|scale| nearest_code(&levels, (scale - offset) * reciprocal)));
             absmax.push(largest);
         }
-        Self { codes, absmax, levels, offset }
+        Ok(Self { codes, absmax, levels, offset })
     }
+}
+
+/// The mean of so many scales, from the sum of each [`NESTED_BLOCK`] in f64: one order on every device and any number of cores.
+///
+/// Scales are magnitudes, so the sum is finite just when every weight is.
+fn mean(sums: &[f64], scales: usize) -> Result<f32> {
+    let sum: f64 = sums.iter().sum();
+    ensure!(sum.is_finite(), "the weight holds a value that is not finite");
+    Ok((sum / scales.max(1) as f64) as f32)
 }
 
 /// The nearest of ascending `levels`; a value in the middle takes the even code, which is where

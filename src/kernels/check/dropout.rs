@@ -66,6 +66,10 @@ fn rate(device: Device, kind: Kind) -> Result<f64> {
 const SHAPES: [[i64; 2]; 7] = [[1, 1], [7, 1], [3, 13], [5, 100], [129, 64], [3, 4096], [67, 1032]];
 
 pub(super) fn rows(device: Device, kind: Kind, adds: bool) -> Result<Outcome> {
+    Ok(Outcome::exact(rows_cases(device, kind, adds)?).at(rows_rate(device, kind, adds)?))
+}
+
+fn rows_cases(device: Device, kind: Kind, adds: bool) -> Result<usize> {
     let key = DropoutKey { seed: 0x0dd_ba11, microbatch: (3 << 33) | 5, module: 17 };
     let mut cases = 0;
     for [rows, columns] in SHAPES {
@@ -84,7 +88,7 @@ pub(super) fn rows(device: Device, kind: Kind, adds: bool) -> Result<Outcome> {
             }
         }
     }
-    Ok(Outcome::exact(cases).at(rows_rate(device, kind, adds)?))
+    Ok(cases)
 }
 
 fn rows_case(
@@ -127,4 +131,19 @@ fn rows_rate(device: Device, kind: Kind, adds: bool) -> Result<f64> {
     bandwidth(device, moved, 1, |_| {
         if adds { dropout_add_rows(&y, &x, 0.1, key) } else { dropout_rows_into(&x, &y, 0.1, key) }
     })
+}
+
+#[cfg(test)]
+#[expect(clippy::unwrap_used, reason = "a test stops at the first surprise")]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_processor_passes_the_same_check() {
+        for (kind, adds) in
+            [(Kind::Float, false), (Kind::BFloat16, false), (Kind::Float, true), (Kind::BFloat16, true)]
+        {
+            assert_eq!(rows_cases(Device::Cpu, kind, adds).unwrap(), SHAPES.len() * 4 * 3);
+        }
+    }
 }

@@ -1,11 +1,12 @@
 //! The launchers of cuda/nf4.cu.
 
-use anyhow::{Result, ensure};
+use anyhow::{Result, bail, ensure};
 use cudarc::driver::LaunchConfig;
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 
-use super::Nf4Weight;
-use crate::kernels::gpu::{Gpu, KernelParams};
+use super::{BLOCK, NESTED_BLOCK, Nf4Weight, mean};
+use crate::kernels::dynamic_map::dynamic_map;
+use crate::kernels::gpu::{Gpu, Kernel, KernelParams};
 
 /// Threads of a block of the kernels.
 const THREADS: u64 = 256;
@@ -82,6 +83,83 @@ pub(super) fn dequantize(weight: &Nf4Weight, out: &Tensor) -> Result<()> {
     // SAFETY: the parts of the weight have the sizes that its shape asks for, `out` has room for each of its rows, all lie on
     // this GPU (checked by the caller), and nobody else writes `out`; libtorch orders their release after this launch.
     unsafe { gpu.launch(kernel, shape, &params) }
+}
+
+/// Threads of a warp, which takes a block of weights or a block of scales.
+const WARP: u64 = 32;
+
+/// The argument of the kernels in cuda/nf4.cu that quantise, field by field as there.
+#[repr(C)]
+#[derive(Debug, Clone, Copy)]
+struct QuantizeParams {
+    weights: u64,
+    packed: u64,
+    scales: u64,
+    sums: u64,
+    nested_code: u64,
+    absmax: u64,
+    nested_absmax: u64,
+    blocks: u64,
+    nested_blocks: u64,
+    nested_offset: f32,
+    unused: u32,
+}
+
+const _: () = assert!(size_of::<QuantizeParams>() == 80, "cuda/nf4.cu asserts the same size");
+
+// SAFETY: `repr(C)`, numbers only, the same fields in the same order as in cuda/nf4.cu.
+unsafe impl KernelParams for QuantizeParams {}
+
+/// The NF4 form of a weight on a GPU, on that GPU. The weight has passed [`check_shape`](super::check_shape).
+pub(super) fn quantize(weight: &Tensor, shape: [i64; 2]) -> Result<Nf4Weight> {
+    let device = weight.device();
+    let weight = match weight.kind() {
+        Kind::Double => weight.f_to_kind(Kind::Float)?.f_contiguous()?,
+        _ => weight.f_contiguous()?,
+    };
+    let name = match weight.kind() {
+        Kind::Float => "nf4_quantize_f32",
+        Kind::BFloat16 => "nf4_quantize_bf16",
+        Kind::Half => "nf4_quantize_f16",
+        kind => bail!("cannot quantise a weight of dtype {kind:?} to NF4"),
+    };
+    let blocks = (weight.numel() / BLOCK) as i64;
+    let nested_blocks = (blocks as usize).div_ceil(NESTED_BLOCK) as i64;
+    let empty = |length, kind| Tensor::f_empty([length], (kind, device));
+    let made = Nf4Weight {
+        packed: empty(blocks * BLOCK as i64 / 2, Kind::Uint8)?,
+        absmax: empty(blocks, Kind::Uint8)?,
+        nested_absmax: empty(nested_blocks, Kind::Float)?,
+        nested_code: Tensor::from_slice(&dynamic_map(true)).f_to_device(device)?,
+        nested_offset: 0.0,
+        shape,
+    };
+    let (scales, sums) = (empty(blocks, Kind::Float)?, empty(nested_blocks, Kind::Double)?);
+    let gpu = Gpu::of(&weight)?;
+    let mut params = QuantizeParams {
+        weights: weight.data_ptr() as u64,
+        packed: made.packed.data_ptr() as u64,
+        scales: scales.data_ptr() as u64,
+        sums: sums.data_ptr() as u64,
+        nested_code: made.nested_code.data_ptr() as u64,
+        absmax: made.absmax.data_ptr() as u64,
+        nested_absmax: made.nested_absmax.data_ptr() as u64,
+        blocks: blocks as u64,
+        nested_blocks: nested_blocks as u64,
+        nested_offset: 0.0,
+        unused: 0,
+    };
+    let launch = |kernel: Kernel, threads: u64, params: &QuantizeParams| -> Result<()> {
+        // SAFETY: the tensors above have the kernels' dtypes and lengths, are contiguous and on this GPU, and what is written is
+        // ours alone; libtorch orders their release after these launches.
+        unsafe { gpu.launch(kernel, launch_shape(threads)?, params) }
+    };
+    launch(gpu.kernel("nf4", name)?, params.blocks * WARP, &params)?;
+    launch(gpu.kernel("nf4", "nf4_sum_scales")?, params.nested_blocks, &params)?;
+    let sums: Vec<f64> = Vec::try_from(&sums.f_to_device(Device::Cpu)?)?;
+    params.nested_offset = mean(&sums, params.blocks as usize)?;
+    launch(gpu.kernel("nf4", "nf4_nest")?, params.nested_blocks * WARP, &params)?;
+    Ok(Nf4Weight { nested_offset: params.nested_offset, ..made })
 }
 
 fn launch_shape(threads: u64) -> Result<LaunchConfig> {
