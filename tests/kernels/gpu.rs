@@ -1,5 +1,6 @@
 //! Each kernel against its twin, where there is a GPU.
 
+use granite::kernels::adamw;
 use granite::kernels::check;
 use granite::kernels::device;
 use granite::kernels::dropout::{DropoutKey, dropout, dropout_reference};
@@ -44,4 +45,44 @@ fn dropout_on_the_gpu_is_dropout() {
     assert!(dropout(&strided, 0.1, key).is_err());
     let empty = Tensor::zeros([0], (Kind::Float, device));
     assert_eq!(dropout(&empty, 0.1, key).expect("nothing to do").size(), [0]);
+}
+
+/// Three updates of 5,000 parameters with 8-bit moments: the parameters, and the norm squared of the last gradient.
+fn adamw_steps(device: Device, start: &Tensor, gradients: &Tensor) -> (Tensor, f64) {
+    let (p, len) = (start.to_device(device).copy(), start.numel() as i64);
+    let (m, v) = (adamw::zero_codes(len, true, device), adamw::zero_codes(len, false, device));
+    let partials = Tensor::zeros([adamw::GRAD_PARTIALS], (Kind::Double, device));
+    let norm = Tensor::zeros([1], (Kind::Double, device));
+    for step in 1..=3 {
+        let settings = adamw::AdamWStep {
+            lr: 1e-3,
+            beta1: 0.9,
+            beta2: 0.99,
+            eps: 1e-8,
+            weight_decay: 0.01,
+            correction1: 1.0 - 0.9f64.powi(step),
+            correction2: (1.0 - 0.99f64.powi(step)).sqrt(),
+            max_norm: 1.0,
+        };
+        let g = gradients.get(i64::from(step) - 1).to_device(device);
+        adamw::norm_squared(&g, &partials, &norm).expect("the kernel runs");
+        adamw::adamw_8bit(&p, None, &g, (&m.0, &m.1), (&v.0, &v.1), &norm, &settings)
+            .expect("the kernel runs");
+    }
+    (p.to_device(Device::Cpu), norm.double_value(&[0]))
+}
+
+#[test]
+fn adamw_on_the_gpu_is_adamw() {
+    let Some(device) = gpu("AdamW through its public functions") else { return };
+    let start = Tensor::randn([5000], (Kind::Float, Device::Cpu));
+    let gradients = Tensor::randn([3, 5000], (Kind::Float, Device::Cpu));
+    let (found, norm) = adamw_steps(device, &start, &gradients);
+    let (wanted, wanted_norm) = adamw_steps(Device::Cpu, &start, &gradients);
+    assert!((norm / wanted_norm - 1.0).abs() < 1e-12, "{norm}, on the CPU {wanted_norm}");
+    // A moment that lies between two levels as nearly as f32 can tell may be coded either way: a few steps differ.
+    let off = (&found - &wanted).abs();
+    assert!(off.mean(Kind::Double).double_value(&[]) < 1e-6, "{off}");
+    let again = adamw_steps(device, &start, &gradients);
+    assert!(again.0.equal(&found) && again.1 == norm, "three steps do not repeat");
 }
