@@ -8,7 +8,7 @@ use tch::{Device, Kind, Tensor};
 
 use crate::skipped;
 
-fn gpu(what: &str) -> Option<Device> {
+pub fn gpu(what: &str) -> Option<Device> {
     match device::cuda() {
         Ok(device) => Some(device),
         Err(error) => {

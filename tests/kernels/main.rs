@@ -3,6 +3,7 @@
 mod bitsandbytes;
 mod build;
 mod doctor;
+mod elementwise;
 mod gpu;
 
 use std::io::Write as _;
