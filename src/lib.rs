@@ -10,6 +10,7 @@ pub mod engine;
 pub mod error;
 pub mod eval;
 pub mod kernels;
+pub mod losses;
 pub mod metrics;
 pub mod model;
 pub mod output;

@@ -15,11 +15,6 @@ use crate::recipe::{Quantization, Recipe};
 /// The folder of a run that `granite merge` writes.
 pub const MERGED: &str = "merged";
 
-/// Where a recipe's run lies when nothing else is said.
-pub fn run_folder(recipe: &Recipe) -> PathBuf {
-    Path::new("checkpoints/runs").join(&recipe.name)
-}
-
 /// Which model of a run.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum ModelChoice {
@@ -107,6 +102,7 @@ fn open_base(recipe: &Recipe, device: Device) -> Result<OpenModel> {
 }
 
 fn open_adapter(recipe: &Recipe, folder: &Path, device: Device) -> Result<OpenModel> {
+    // First: a damaged adapter is told before minutes are spent on the base model.
     let adapter = adapter::load(folder)?;
     let mut model = open_base(recipe, device)?;
     adapter.apply(&mut model.decoder)?;
@@ -135,4 +131,22 @@ fn load(base: BaseModel, quantization: Quantization, label: String, device: Devi
     let decoder = Decoder::load(base.tensors.as_ref(), &base.config, &LoadOptions { quantization, device })
         .with_context(|| format!("cannot load model `{}`", base.path.display()))?;
     Ok(OpenModel { decoder, base, label })
+}
+
+#[cfg(test)]
+#[expect(clippy::unwrap_used, reason = "a test may fail loudly")]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_damaged_adapter_is_told_before_the_base_model_is_opened() {
+        let folder = tempfile::tempdir().unwrap();
+        std::fs::write(folder.path().join(adapter::CONFIG_FILE), "{").unwrap();
+        let text = "name = \"x\"\n[model]\nbase = \"/no/such/base\"\n";
+        let recipe = Recipe::parse(text, Path::new("r.toml"), &[]).unwrap();
+        let choice = ModelChoice::Adapter(Some(folder.path().to_path_buf()));
+        let error = open(&recipe, &choice, folder.path(), Device::Cpu).unwrap_err();
+        let text = crate::error::render(&error);
+        assert!(text.contains(adapter::CONFIG_FILE) && !text.contains("/no/such/base"), "{text}");
+    }
 }

@@ -9,6 +9,7 @@ use anyhow::{Context as _, Result};
 
 use crate::checkpoint::base::BaseModel;
 use crate::checkpoint::open::{self, ModelChoice, OpenModel};
+use crate::checkpoint::run::RunFolder;
 use crate::cli::EvalArgs;
 use crate::data::example::{Message, Role};
 use crate::data::source::spider::Schemas;
@@ -16,10 +17,10 @@ use crate::data::store::{Dataset, Split};
 use crate::data::tokenizer::ChatTokenizer;
 use crate::engine::{Engine, EngineOptions};
 use crate::eval::database::QueryLimits;
-use crate::eval::perplexity::{self, LossReport};
 use crate::eval::report::{self, FORMAT_VERSION, Report};
 use crate::eval::tasks::spider::{self, Databases, Question, Speaker, SpiderReport};
 use crate::kernels::device;
+use crate::losses::{self, LossReport};
 use crate::model::decoder::Decoder;
 use crate::output::Staged;
 use crate::progress::note;
@@ -35,10 +36,10 @@ pub fn run(args: &EvalArgs) -> Result<()> {
     let start = Instant::now();
     let recipe = Recipe::load(&args.recipe.recipe, &args.recipe.overrides)?;
     let device = device::open(args.device)?;
-    let run_folder = open::run_folder(&recipe);
+    let run_folder = RunFolder::of(&recipe, None);
     let choice: ModelChoice = args.model.parse().unwrap_or_else(|never| match never {});
-    let out = destination(args, &choice, &run_folder);
-    let OpenModel { decoder, base, label } = open::open(&recipe, &choice, &run_folder, device)?;
+    let out = destination(args, &choice, run_folder.path());
+    let OpenModel { decoder, base, label } = open::open(&recipe, &choice, run_folder.path(), device)?;
     let tokenizer = ChatTokenizer::new(&base.tokenizer, &recipe.data.template)?;
     let staged = Staged::folder(&out)?;
     let validation = losses(&recipe, &decoder, &tokenizer)?;
@@ -76,7 +77,7 @@ fn losses(recipe: &Recipe, decoder: &Decoder, tokenizer: &ChatTokenizer) -> Resu
     if rows.is_empty() {
         note("note: the dataset holds no row out: set `data.validation_fraction` to measure losses");
     }
-    perplexity::measure(decoder, &rows, &dataset.source_names())
+    losses::measure(decoder, &rows, &dataset.source_names())
 }
 
 fn score_spider(

@@ -12,11 +12,12 @@ use crate::checkpoint::base::BaseModel;
 use crate::checkpoint::merge::{self, MergeOptions, Merged, UpdateSize};
 use crate::checkpoint::nf4_cache;
 use crate::checkpoint::open::{self, MERGED, ModelChoice, OpenModel};
+use crate::checkpoint::run::RunFolder;
 use crate::cli::{MergeArgs, MergeBase};
 use crate::data::store::{Dataset, PackedRow, Split};
 use crate::data::tokenizer::ChatTokenizer;
-use crate::eval::perplexity::{self, LossOf};
 use crate::kernels::device;
+use crate::losses::{self, LossOf};
 use crate::output::Staged;
 use crate::progress::note;
 use crate::recipe::{Quantization, Recipe};
@@ -64,12 +65,12 @@ struct Losses {
 pub fn run(args: &MergeArgs) -> Result<()> {
     let recipe = Recipe::load(&args.recipe.recipe, &args.recipe.overrides)?;
     let device = device::open(args.device)?;
-    let run_folder = open::run_folder(&recipe);
+    let run_folder = RunFolder::of(&recipe, None);
     let folder = match &args.adapter {
         Some(folder) => folder.clone(),
-        None => open::newest_checkpoint(&run_folder)?,
+        None => open::newest_checkpoint(run_folder.path())?,
     };
-    let destination = args.out.clone().unwrap_or_else(|| run_folder.join(MERGED));
+    let destination = args.out.clone().unwrap_or_else(|| run_folder.path().join(MERGED));
     let adapter = adapter::load(&folder)?;
     let base = BaseModel::open(&recipe.model.base)?.with_nf4_cache(Path::new(nf4_cache::DEFAULT_FOLDER));
     let staged = Staged::folder(&destination)?;
@@ -109,15 +110,15 @@ fn compare(
     let names: Vec<&str> = names.iter().map(String::as_str).collect();
     let choice = ModelChoice::Adapter(Some(adapter.to_path_buf()));
     let OpenModel { mut decoder, .. } = open::open(recipe, &choice, Path::new(""), device)?;
-    let adapted = perplexity::measure(&decoder, &rows, &names)?;
+    let adapted = losses::measure(&decoder, &rows, &names)?;
     decoder.enable_adapters(false);
-    let plain = perplexity::measure(&decoder, &rows, &names)?;
+    let plain = losses::measure(&decoder, &rows, &names)?;
     // The next model takes its place in memory.
     drop(decoder);
     let stored = ModelChoice::Folder(merged.to_path_buf());
     let OpenModel { decoder, .. } = open::open(recipe, &stored, Path::new(""), device)
         .context("the merged model cannot be opened again")?;
-    let stored = perplexity::measure(&decoder, &rows, &names)?;
+    let stored = losses::measure(&decoder, &rows, &names)?;
     let (Some(plain), Some(adapted), Some(stored)) = (plain, adapted, stored) else { return Ok(None) };
     let LossOf { loss: merged, tokens, .. } = stored.overall;
     let (base, adapter) = (plain.overall.loss, adapted.overall.loss);

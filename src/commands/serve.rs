@@ -10,6 +10,7 @@ use serde_json::json;
 use tch::Device;
 
 use crate::checkpoint::open::{self, MERGED, ModelChoice};
+use crate::checkpoint::run::RunFolder;
 use crate::cli::ServeArgs;
 use crate::data::tokenizer::ChatTokenizer;
 use crate::engine::{Engine, EngineOptions};
@@ -30,17 +31,18 @@ use crate::serve::{Library, Service, Settings};
 /// When the address may not or cannot be listened on, or when documents, encoder or model cannot be opened.
 pub fn run(args: &ServeArgs) -> Result<()> {
     let recipe = Recipe::load(&args.recipe.recipe, &args.recipe.overrides)?;
-    let run_folder = Path::new("checkpoints/runs").join(&recipe.name);
+    let run = RunFolder::of(&recipe, None);
+    let run_folder = run.path();
     let spec = &recipe.serve;
     let api_key = args.api_key.clone().or_else(|| spec.api_key.clone());
     let host = args.host.as_deref().unwrap_or(&spec.host);
     // What is cheap to refuse is refused before anything is loaded.
     let address = listen_address(host, args.port.unwrap_or(spec.port), api_key.as_deref())?;
     check(spec)?;
-    let choice = choose(args.model.as_deref(), &run_folder);
+    let choice = choose(args.model.as_deref(), run_folder);
     let device = device::open(args.device)?;
     let folder = args.documents.as_ref().or(spec.documents.as_ref());
-    let library = folder.map(|folder| open_library(folder, spec, &run_folder, device)).transpose()?;
+    let library = folder.map(|folder| open_library(folder, spec, run_folder, device)).transpose()?;
     if library.is_none() {
         progress::note("note: no documents, `/query` answers from the model alone");
     }
@@ -51,7 +53,7 @@ pub fn run(args: &ServeArgs) -> Result<()> {
         max_tokens: spec.max_tokens,
         queue: spec.queue,
     };
-    let service = open_service(&recipe, &choice, &run_folder, device, library, settings)?;
+    let service = open_service(&recipe, &choice, run_folder, device, library, settings)?;
     service::run(service, address, announce)
 }
 

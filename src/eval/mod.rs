@@ -1,7 +1,6 @@
 //! Measurements of a model: losses and task scores.
 
 pub mod database;
-pub mod perplexity;
 pub mod report;
 pub mod result_set;
 pub mod sql;

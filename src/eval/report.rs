@@ -6,8 +6,8 @@ use std::path::Path;
 use anyhow::{Context as _, Result};
 use serde::Serialize;
 
-use super::perplexity::{LossOf, LossReport};
 use super::tasks::spider::SpiderReport;
+use crate::losses::{LossOf, LossReport};
 
 /// The format that this program writes.
 pub const FORMAT_VERSION: u32 = 1;

@@ -7,4 +7,3 @@ pub mod plan;
 pub mod report;
 pub mod run;
 pub mod schedule;
-pub mod validate;

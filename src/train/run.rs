@@ -13,10 +13,10 @@ use super::interrupt::Interrupt;
 use super::optimizer::AdamW;
 use super::plan::Plan;
 use super::report;
-use super::validate::{Validation, validate};
 use crate::checkpoint::run::{RunFolder, State};
 use crate::checkpoint::{adapter, nf4_cache};
 use crate::error::user_error;
+use crate::losses::{self, LossOf, LossReport};
 use crate::metrics::event::{Event, StepEvent};
 use crate::metrics::jsonl::JsonLines;
 use crate::model::batch::{Batch, Sequence};
@@ -53,9 +53,9 @@ pub struct Summary {
     /// Mean training loss of the last step.
     pub train_loss: Option<f64>,
     /// Validation before the first step of this process, when there was one.
-    pub first_validation: Option<Validation>,
+    pub first_validation: Option<LossReport>,
     /// The last validation.
-    pub last_validation: Option<Validation>,
+    pub last_validation: Option<LossReport>,
     /// Tokens that went through training in this process.
     pub tokens: i64,
     /// Seconds of this process' steps, validation and saving left out.
@@ -325,27 +325,23 @@ impl<'a> Training<'a> {
 
     fn validate(&mut self) -> Result<()> {
         let names = self.plan.dataset.source_names();
-        let Some(validation) = validate(&self.decoder, &self.plan.validation, &names)? else { return Ok(()) };
+        let Some(validation) = losses::measure(&self.decoder, &self.plan.validation, &names)? else {
+            return Ok(());
+        };
         let step = self.step;
-        let all = validation.all;
-        if !all.loss.is_finite() {
+        let LossOf { loss, perplexity, tokens, .. } = validation.overall;
+        if !loss.is_finite() {
             return Err(user_error(
-                format!("step {step}: the validation loss is {}", all.loss),
+                format!("step {step}: the validation loss is {loss}"),
                 "lower `train.lr` if it happens after some steps; at step 0 the base model's weights or the held-out rows are damaged",
             ));
         }
         let by_source: Vec<String> =
-            validation.sources.iter().map(|(name, one)| format!("{name} {:.4}", one.loss)).collect();
-        progress::note(format!("step {step}: validation loss {:.4} ({})", all.loss, by_source.join(", ")));
-        let sources = validation.sources.iter().map(|(name, one)| (name.clone(), one.loss)).collect();
+            validation.sources.iter().map(|one| format!("{} {:.4}", one.name, one.loss)).collect();
+        progress::note(format!("step {step}: validation loss {loss:.4} ({})", by_source.join(", ")));
+        let sources = validation.sources.iter().map(|one| (one.name.clone(), one.loss)).collect();
         self.summary.last_validation = Some(validation);
-        self.record(&Event::Validation {
-            step,
-            loss: all.loss,
-            perplexity: all.perplexity,
-            tokens: all.tokens,
-            sources,
-        })
+        self.record(&Event::Validation { step, loss, perplexity, tokens, sources })
     }
 
     fn save(&mut self) -> Result<()> {

@@ -1,7 +1,7 @@
 //! Losses per source are those of the sequences, wherever they were packed.
 
 use granite::data::store::PackedRow;
-use granite::eval::perplexity::measure;
+use granite::losses::measure;
 use granite::model::batch::{Batch, Sequence};
 use granite::recipe::Quantization;
 use tch::Device;

@@ -76,8 +76,8 @@ fn the_run_learns_and_says_so() {
     let settings = ["train.lr=1e-2", "train.max_steps=40", "train.epochs=1", "lora.dropout=0.0"];
     let summary = bench.run("run", &settings, How::default()).unwrap();
     let (first, last) = (summary.first_validation.unwrap(), summary.last_validation.unwrap());
-    assert!(last.all.loss < 0.8 * first.all.loss, "{first:?} to {last:?}");
-    assert_eq!(first.sources.keys().collect::<Vec<_>>(), ["first", "second"]);
+    assert!(last.overall.loss < 0.8 * first.overall.loss, "{first:?} to {last:?}");
+    assert_eq!(first.sources.iter().map(|one| one.name.as_str()).collect::<Vec<_>>(), ["first", "second"]);
     let events = jsonl::read(&bench.path("run/metrics.jsonl")).unwrap();
     let steps = events.iter().filter(|event| matches!(event, Event::Step(_))).map(Event::step);
     assert_eq!(steps.collect::<Vec<_>>(), (1..=40).collect::<Vec<_>>());

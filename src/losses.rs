@@ -1,4 +1,4 @@
-//! Loss and perplexity on held-out rows, per source and over all.
+//! Loss and perplexity of a decoder on packed rows, per source and over all: validation, `eval` and `merge`.
 
 use std::collections::BTreeMap;
 
@@ -28,7 +28,7 @@ pub struct LossOf {
     pub name: String,
     /// Mean loss of a supervised token, in nats.
     pub loss: f64,
-    /// `exp(loss)`.
+    /// `exp(loss)`, at most `f64::MAX`: JSON has no infinity, and a file with one could not be read again.
     pub perplexity: f64,
     /// Supervised tokens.
     pub tokens: i64,
@@ -53,7 +53,7 @@ impl Tally {
     fn told(self, name: &str) -> LossOf {
         let loss = self.nats / self.tokens as f64;
         let Self { tokens, sequences, .. } = self;
-        LossOf { name: name.to_string(), loss, perplexity: loss.exp(), tokens, sequences }
+        LossOf { name: name.to_string(), loss, perplexity: loss.exp().min(f64::MAX), tokens, sequences }
     }
 }
 
@@ -62,7 +62,7 @@ impl Tally {
 /// # Errors
 /// When a row does not fit the model.
 pub fn measure(decoder: &Decoder, rows: &[PackedRow], names: &[&str]) -> Result<Option<LossReport>> {
-    let bar = progress::bar(rows.len() as u64, "loss", "rows");
+    let bar = progress::bar(rows.len() as u64, "losses", "rows");
     let mut sources: BTreeMap<u16, Tally> = BTreeMap::new();
     for row in rows {
         let batch = Batch::pack(&row.sequences, decoder.device());
@@ -105,6 +105,15 @@ mod tests {
         let nats: f64 = report.sources.iter().map(|source| source.loss * source.tokens as f64).sum();
         assert_eq!(nats, 8.0);
         assert!((report.sources[1].perplexity - 2.5f64.exp()).abs() < 1e-12);
+    }
+
+    #[test]
+    fn a_perplexity_beyond_all_numbers_is_still_json() {
+        let sources = BTreeMap::from([(0, Tally { nats: 2000.0, tokens: 2, sequences: 1 })]);
+        let overall = told(1, &sources, &["a"]).unwrap().overall;
+        assert_eq!((overall.loss, overall.perplexity), (1000.0, f64::MAX));
+        let json = serde_json::to_value(&overall).unwrap();
+        assert_eq!(json["perplexity"].as_f64(), Some(f64::MAX));
     }
 
     #[test]
