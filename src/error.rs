@@ -35,13 +35,24 @@ impl<T, E: Into<anyhow::Error>> HintExt<T> for Result<T, E> {
     }
 
     fn with_hint(self, text: impl FnOnce() -> String) -> anyhow::Result<T> {
-        self.map_err(|error| error.into().context(Hint { text: text() }))
+        self.map_err(|error| with_hint(error, text()))
     }
 }
 
 /// Builds an error from a message and the step that mends it.
 pub fn user_error(message: impl Into<String>, hint: impl Into<String>) -> anyhow::Error {
     anyhow::anyhow!(message.into()).context(Hint { text: hint.into() })
+}
+
+/// Adds a `hint:` line to an error at hand.
+pub fn with_hint(error: impl Into<anyhow::Error>, text: impl Into<String>) -> anyhow::Error {
+    error.into().context(Hint { text: text.into() })
+}
+
+/// Whether an error comes of a file that is not there.
+pub fn is_missing_file(error: &anyhow::Error) -> bool {
+    let mut causes = error.chain().filter_map(|cause| cause.downcast_ref::<std::io::Error>());
+    causes.any(|cause| cause.kind() == std::io::ErrorKind::NotFound)
 }
 
 /// Renders an error the way the program prints it on stderr.

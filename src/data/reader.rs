@@ -12,9 +12,11 @@ use serde::de::{DeserializeOwned, DeserializeSeed, Deserializer as _, MapAccess,
 use sha2::{Digest as _, Sha256};
 
 use super::tokenizer::hex;
-use crate::error::user_error;
+use crate::error::{HintExt as _, user_error};
 
 const BUFFER: usize = 1 << 17;
+
+const FETCH_AGAIN: &str = "fetch it again";
 
 /// Size and SHA-256 of a file as stored.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -110,7 +112,8 @@ fn zipped<T: DeserializeOwned>(
     each: &mut dyn FnMut(u32, T) -> Result<()>,
 ) -> Result<()> {
     let mut archive = zip::ZipArchive::new(BufReader::with_capacity(BUFFER, file))
-        .context("the archive is damaged or truncated")?;
+        .context("the archive is damaged or truncated")
+        .hint(FETCH_AGAIN)?;
     let names: Vec<String> = archive
         .file_names()
         .map(|name| name.map(|name| name.into_owned()))
@@ -157,24 +160,23 @@ fn records<T: DeserializeOwned>(
     wrappers: &[&str],
     each: &mut dyn FnMut(u32, T) -> Result<()>,
 ) -> Result<()> {
-    match first_byte(reader)? {
+    match first_byte(reader).map_err(|error| early_end(error, 0))? {
         b'[' => array(reader, each),
         b'{' if is_wrapped(reader.fill_buf()?, wrappers) => wrapped(reader, wrappers, each),
         b'{' => lines(reader, each),
+        0 => Err(user_error("it is empty", FETCH_AGAIN)),
         _ => Err(not_json(reader.fill_buf()?)),
     }
 }
 
-/// Passes over a byte-order mark and white space.
-fn first_byte(reader: &mut dyn BufRead) -> Result<u8> {
+/// Passes over a byte-order mark and white space; 0 where nothing follows.
+fn first_byte(reader: &mut dyn BufRead) -> io::Result<u8> {
     if reader.fill_buf()?.starts_with(b"\xef\xbb\xbf") {
         reader.consume(3);
     }
     loop {
         let buffer = reader.fill_buf()?;
-        let Some(first) = buffer.first().copied() else {
-            return Err(user_error("it is empty", "was the download cut off?"));
-        };
+        let Some(first) = buffer.first().copied() else { return Ok(0) };
         if !first.is_ascii_whitespace() {
             return Ok(first);
         }
@@ -214,10 +216,10 @@ fn array<T: DeserializeOwned>(
     reader: &mut dyn BufRead,
     each: &mut dyn FnMut(u32, T) -> Result<()>,
 ) -> Result<()> {
-    let mut json = serde_json::Deserializer::from_reader(reader);
+    let mut json = serde_json::Deserializer::from_reader(&mut *reader);
     let mut pass = Pass::new(each);
     let outcome = json.deserialize_seq(&mut pass).and_then(|()| json.end());
-    pass.finish(outcome)
+    pass.finish(outcome, reader)
 }
 
 fn wrapped<T: DeserializeOwned>(
@@ -225,10 +227,10 @@ fn wrapped<T: DeserializeOwned>(
     wrappers: &[&str],
     each: &mut dyn FnMut(u32, T) -> Result<()>,
 ) -> Result<()> {
-    let mut json = serde_json::Deserializer::from_reader(reader);
+    let mut json = serde_json::Deserializer::from_reader(&mut *reader);
     let mut pass = Pass::new(each);
     let outcome = json.deserialize_map(Wrapped { wrappers, pass: &mut pass }).and_then(|()| json.end());
-    pass.finish(outcome)
+    pass.finish(outcome, reader)
 }
 
 fn lines<T: DeserializeOwned>(
@@ -245,26 +247,36 @@ fn lines<T: DeserializeOwned>(
         if line.trim_ascii().is_empty() {
             continue;
         }
-        let record =
-            serde_json::from_slice(&line).map_err(|error| misfit(&error, number, !line.ends_with(b"\n")))?;
+        // Without its line break: a string that the end of the file cuts off would seem to hold one.
+        let record = match serde_json::from_slice(line.trim_ascii_end()) {
+            Err(error) if error.is_eof() && is_at_end(reader) => return Err(truncated(number)),
+            other => other.map_err(|error| anyhow!("record {number}: {error}"))?,
+        };
         each(number, record).with_context(|| format!("record {number}"))?;
     }
 }
 
+/// What compressed data says when it ends too early, or does not agree with its checksum.
 fn early_end(error: io::Error, records: u32) -> Error {
-    anyhow!(error).context(format!("after record {records}"))
+    if error.kind() == io::ErrorKind::UnexpectedEof {
+        return truncated(records + 1);
+    }
+    user_error(format!("after record {records}: {error}"), FETCH_AGAIN)
 }
 
-/// Tells why a record does not fit; `is_last` says that nothing follows it in the file.
-fn misfit(error: &serde_json::Error, number: u32, is_last: bool) -> Error {
-    // The position is that of the text; a line of JSON Lines knows only its column.
-    if error.is_eof() && is_last {
-        return user_error(
-            format!("record {number} ends in the middle: the file is truncated"),
-            "was the download cut off?",
-        );
-    }
-    anyhow!("record {number}: {error}")
+fn truncated(record: u32) -> Error {
+    user_error(format!("it ends in the middle of record {record}: the file is truncated"), FETCH_AGAIN)
+}
+
+/// Whether nothing but white space is left.
+fn is_at_end(reader: &mut dyn BufRead) -> bool {
+    // What cannot be read is told by whoever needs it.
+    matches!(first_byte(reader), Ok(0))
+}
+
+/// serde_json has no kind for it, only words.
+fn is_control_character(error: &serde_json::Error) -> bool {
+    error.to_string().starts_with("control character")
 }
 
 /// A pass over the records of an array, which keeps what went wrong where serde could not carry it.
@@ -279,12 +291,17 @@ impl<'a, T> Pass<'a, T> {
         Self { each, number: 0, failure: None }
     }
 
-    fn finish(self, outcome: Result<(), serde_json::Error>) -> Result<()> {
+    /// `reader` stands where the pass ended.
+    fn finish(self, outcome: Result<(), serde_json::Error>, reader: &mut dyn BufRead) -> Result<()> {
+        let next = self.number + 1;
         match (self.failure, outcome) {
             (Some(failure), _) => Err(failure).with_context(|| format!("record {}", self.number)),
             (None, Ok(())) => Ok(()),
             (None, Err(error)) if error.is_io() => Err(early_end(error.into(), self.number)),
-            (None, Err(error)) => Err(misfit(&error, self.number + 1, true)),
+            (None, Err(error)) if error.is_eof() => Err(truncated(next)),
+            // A line break behind a string that the end of the file cuts off seems to be a part of it.
+            (None, Err(error)) if is_control_character(&error) && is_at_end(reader) => Err(truncated(next)),
+            (None, Err(error)) => Err(anyhow!("record {next}: {error}")),
         }
     }
 }
@@ -443,10 +460,50 @@ mod tests {
 
     #[test]
     fn truncated_files_are_told_with_the_record() {
-        assert!(told(br#"[{"text": "a"}, {"text": "b"#).contains("record 2 ends in the middle"));
-        assert!(told(b"{\"text\": \"a\"}\n{\"text\": \"b").contains("record 2 ends in the middle"));
-        let whole = gzip(ARRAY.repeat(40).as_bytes());
-        assert!(read(&whole[..whole.len() / 2]).is_err());
+        let wanted = "it ends in the middle of record 2: the file is truncated\nhint: fetch it again\n";
+        let cuts: [&[u8]; 9] = [
+            br#"[{"text": "a"}, {"text": "b"#,
+            br#"[{"text": "a"}, {"tex"#,
+            br#"[{"text": "a"},"#,
+            b"[{\"text\": \"a\"}, {\"text\": \"b\n",
+            b"{\"dev\": [{\"text\": \"a\"}, {\"text\": \"b \r\n\n",
+            b"{\"text\": \"a\"}\n{\"text\": \"b",
+            b"{\"text\": \"a\"}\n{\"text\": \"b\n",
+            b"{\"text\": \"a\"}\r\n{\"text\": \"b\r\n\r\n",
+            b"{\"text\": \"a\"}\n{\"text\":",
+        ];
+        for cut in cuts {
+            let text = told(cut);
+            assert!(text.ends_with(wanted), "{}: {text}", String::from_utf8_lossy(cut));
+            let text = told(&gzip(cut));
+            assert!(text.ends_with(wanted), "{} in gzip: {text}", String::from_utf8_lossy(cut));
+        }
+        let zip = zip_of(&[("train.json", ARRAY.as_bytes())]);
+        assert!(told(&zip[..zip.len() - 10]).contains("damaged or truncated"));
+    }
+
+    #[test]
+    fn a_truncated_gzip_is_told_with_the_record_wherever_it_is_cut() {
+        let record =
+            |at: u32| format!("{{\"text\": \"{:x}\"}}", u64::from(at).wrapping_mul(0x9e37_79b9_7f4a_7c15));
+        let records: Vec<String> = (0..4000).map(record).collect();
+        for plain in [format!("[{}]", records.join(",")), records.join("\n")] {
+            let whole = gzip(plain.as_bytes());
+            for cut in [3, 12, whole.len() / 2, whole.len() - 9, whole.len() - 4] {
+                let text = told(&whole[..cut]);
+                let is_told = text.contains("it ends in the middle of record ")
+                    && text.contains("hint: fetch it again");
+                assert!(is_told, "{cut} bytes: {text}");
+            }
+            let mut damaged = whole.clone();
+            let at = whole.len() - 6;
+            damaged[at] ^= 1;
+            assert!(told(&damaged).contains("hint: fetch it again"), "{}", told(&damaged));
+        }
+    }
+
+    #[test]
+    fn an_archive_cut_off_is_damaged() {
         let zip = zip_of(&[("train.json", ARRAY.as_bytes())]);
         assert!(told(&zip[..zip.len() - 10]).contains("damaged or truncated"));
     }
@@ -457,6 +514,8 @@ mod tests {
         assert!(text.contains("record 2: missing field `text`"), "{text}");
         let text = told(b"{\"text\": \"a\"}\n{\"text\": 7}\n");
         assert!(text.contains("record 2: invalid type: integer `7`, expected a string"), "{text}");
+        let text = told(b"[{\"text\": \"a\"}, {\"text\": \"b\nc\"}]");
+        assert!(text.contains("record 2: control character"), "{text}");
         let text = told(b"{\"text\": \"a\"}\n{\"text\": \"b\"\n{\"text\": \"c\"}\n");
         assert!(text.contains("record 2:") && !text.contains("truncated"), "{text}");
         assert!(told(b"[{\"text\": \"a\"}] trailing").contains("trailing characters"));

@@ -5,7 +5,13 @@ use std::ops::RangeInclusive;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
+use anyhow::{Context as _, Result};
+
 use super::Recipe;
+use crate::error::{is_missing_file, with_hint};
+
+/// What to do without a recipe.
+const MISSING: &str = "name a recipe that is there; the folder `recipes` beside the README holds some to begin with";
 
 /// `--set train.lr=1e-4`: a dotted key and a TOML value; what is no TOML value is a string.
 #[derive(Debug, Clone, PartialEq)]
@@ -38,14 +44,6 @@ fn parse_value(text: &str) -> toml::Value {
 /// What is wrong with a recipe.
 #[derive(Debug, thiserror::Error)]
 pub enum RecipeError {
-    /// The file cannot be read.
-    #[error("cannot read recipe `{}`", path.display())]
-    Read {
-        /// The recipe.
-        path: PathBuf,
-        /// Why.
-        source: std::io::Error,
-    },
     /// The text is no TOML, or names or values are wrong.
     #[error("recipe `{}`: line {line}: {message}", path.display())]
     Parse {
@@ -82,21 +80,22 @@ impl Recipe {
     /// Reads a recipe and lays `overrides` over it.
     ///
     /// # Errors
-    /// When the file cannot be read, is no TOML, holds an unknown field or a value outside its range.
-    pub fn load(path: &Path, overrides: &[Override]) -> Result<Self, RecipeError> {
+    /// When the file cannot be read, and as [`Recipe::parse`].
+    pub fn load(path: &Path, overrides: &[Override]) -> Result<Self> {
         let text = fs::read_to_string(path)
-            .map_err(|source| RecipeError::Read { path: path.to_path_buf(), source })?;
-        Self::parse(&text, path, overrides)
+            .with_context(|| format!("cannot read recipe `{}`", path.display()))
+            .map_err(|error| if is_missing_file(&error) { with_hint(error, MISSING) } else { error })?;
+        Ok(Self::parse(&text, path, overrides)?)
     }
 
     /// As [`Recipe::load`], from text; `path` is named in errors.
     ///
     /// # Errors
-    /// As [`Recipe::load`].
+    /// When the text is no TOML, holds an unknown field or a value outside its range, or lacks a field that no
+    /// override gives.
     pub fn parse(text: &str, path: &Path, overrides: &[Override]) -> Result<Self, RecipeError> {
-        // The text alone is checked first: its errors have lines, those of a merged table have none.
-        let typed: Self = toml::from_str(text).map_err(|error| parse_error(path, text, &error))?;
-        let recipe = if overrides.is_empty() { typed } else { overlay(text, path, overrides)? };
+        let typed = toml::from_str(text).map_err(|error| parse_error(path, text, &error));
+        let recipe = if overrides.is_empty() { typed? } else { overlay(text, path, overrides, typed)? };
         recipe.check(path)?;
         Ok(recipe)
     }
@@ -205,16 +204,53 @@ fn is_plain_name(name: &str) -> bool {
         && name.chars().all(|c| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.'))
 }
 
-fn overlay(text: &str, path: &Path, overrides: &[Override]) -> Result<Recipe, RecipeError> {
-    let mut table: toml::Table = toml::from_str(text).map_err(|error| parse_error(path, text, &error))?;
-    let mut recipe = None;
-    for one in overrides {
-        let fail = |message: String| RecipeError::Override { key: one.key.join("."), message };
-        insert(&mut table, &one.key, one.value.clone()).map_err(fail)?;
-        // Checked one by one, so that the error names the override that caused it.
-        recipe = Some(table.clone().try_into::<Recipe>().map_err(|error| fail(first_line(error.message())))?);
+/// Lays overrides over the text's table; `typed` is what the text alone came to.
+///
+/// All are laid before anything is checked: one may give what the text, or another, leaves open. The text's own errors
+/// have lines, those of a table have none, so an error that both make is told as the text's.
+fn overlay(
+    text: &str,
+    path: &Path,
+    overrides: &[Override],
+    typed: Result<Recipe, RecipeError>,
+) -> Result<Recipe, RecipeError> {
+    let table: toml::Table = toml::from_str(text).map_err(|error| parse_error(path, text, &error))?;
+    let message = match laid(&table, overrides.iter())? {
+        Ok(recipe) => return Ok(recipe),
+        Err(message) => message,
+    };
+    if let Err(RecipeError::Parse { path, line, message: of_text }) = typed {
+        let both_lack = [&message, &of_text].iter().all(|message| message.starts_with("missing field"));
+        if message == of_text || both_lack {
+            return Err(RecipeError::Parse { path, line, message });
+        }
     }
-    recipe.ok_or_else(|| RecipeError::Override { key: String::new(), message: "none given".to_string() })
+    Err(RecipeError::Override { key: culprit(&table, overrides, &message)?, message })
+}
+
+/// The recipe of a table with overrides over it, or what is wrong with it.
+fn laid<'a>(
+    table: &toml::Table,
+    overrides: impl Iterator<Item = &'a Override>,
+) -> Result<Result<Recipe, String>, RecipeError> {
+    let mut table = table.clone();
+    for one in overrides {
+        insert(&mut table, &one.key, one.value.clone())
+            .map_err(|message| RecipeError::Override { key: one.key.join("."), message })?;
+    }
+    Ok(table.try_into().map_err(|error: toml::de::Error| first_line(error.message())))
+}
+
+/// The first override without which something else, or nothing, is wrong.
+fn culprit(table: &toml::Table, overrides: &[Override], message: &str) -> Result<String, RecipeError> {
+    for (at, one) in overrides.iter().enumerate() {
+        let others = overrides.iter().enumerate().filter(|(other, _)| *other != at).map(|(_, one)| one);
+        if laid(table, others)?.err().as_deref() != Some(message) {
+            return Ok(one.key.join("."));
+        }
+    }
+    // Two of them make the same mistake.
+    Ok(overrides.iter().map(|one| one.key.join(".")).collect::<Vec<_>>().join(" --set "))
 }
 
 fn insert(table: &mut toml::Table, key: &[String], value: toml::Value) -> Result<(), String> {
@@ -289,6 +325,43 @@ mod tests {
         assert!(parse(SMALL, &["lora.rank.x=8"]).unwrap_err().contains("`rank` is a value, not a table"));
         assert!("lora.rank".parse::<Override>().is_err());
         assert!("=3".parse::<Override>().is_err());
+    }
+
+    #[test]
+    fn an_override_gives_what_the_text_lacks() {
+        let bare = "name = \"x\"\n[lora]\nrank = 8\n";
+        assert_eq!(parse(bare, &["model.base=b"]).unwrap().model.base, "b");
+        assert_eq!(parse("", &["model.base=b", "name=y"]).unwrap().name, "y");
+        let both = ["data.sources.spider.tables=t.json", "data.sources.spider.path=s.json"];
+        assert_eq!(parse(SMALL, &both).unwrap().data.sources.spider.unwrap().tables, PathBuf::from("t.json"));
+        assert!(parse("[lora]\nrank = \"four\"\n", &["name=x", "model.base=b", "lora.rank=4"]).is_ok());
+    }
+
+    #[test]
+    fn what_stays_wrong_is_told_of_text_or_override() {
+        let error = parse("[model]\nbase = \"b\"\n", &["lora.rank=4"]).unwrap_err();
+        assert_eq!(error, "recipe `r.toml`: line 1: missing field `name`");
+        let error = parse("\n", &["name=x"]).unwrap_err();
+        assert!(
+            error.starts_with("recipe `r.toml`: line") && error.ends_with("missing field `model`"),
+            "{error}"
+        );
+        let error = parse("name = \"x\"\n[lora]\nrnak = 8\n", &["model.base=b"]).unwrap_err();
+        assert!(error.starts_with("recipe `r.toml`: line 3: unknown field `rnak`"), "{error}");
+        let error = parse("name = \"x\"\n", &["model.base=b", "train.rate=1"]).unwrap_err();
+        assert!(error.starts_with("override `--set train.rate`: unknown field `rate`"), "{error}");
+        let error = parse(SMALL, &["data.sources.spider.path=s.json"]).unwrap_err();
+        assert_eq!(error, "override `--set data.sources.spider.path`: missing field `tables`");
+        let error = parse(SMALL, &["lora.rank=a", "lora.rank=a"]).unwrap_err();
+        assert!(error.contains("lora.rank"), "{error}");
+    }
+
+    #[test]
+    fn a_missing_recipe_is_told_with_the_next_step() {
+        let error = Recipe::load(Path::new("/no/such.toml"), &[]).unwrap_err();
+        let text = crate::error::render(&error);
+        assert!(text.starts_with("error: cannot read recipe `/no/such.toml`\n"), "{text}");
+        assert!(text.contains("hint: name a recipe that is there"), "{text}");
     }
 
     #[test]

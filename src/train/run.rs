@@ -282,10 +282,17 @@ impl<'a> Training<'a> {
             || "no checkpoint was written before".to_string(),
             |step| format!("the checkpoint of step {step} stays"),
         );
-        Err(user_error(
-            format!("step {}: the {what}; {kept}", self.step + 1),
-            "lower `train.lr`, lengthen `train.warmup`, or look at the step's rows for damaged text",
-        ))
+        Err(user_error(format!("step {}: the {what}; {kept}", self.step + 1), self.way_out()))
+    }
+
+    /// Before the first step the learning rate has changed nothing yet.
+    fn way_out(&self) -> &'static str {
+        match self.step {
+            0 => {
+                "no step was taken yet: the base model's weights are damaged, or its config.json is another model's; `granite eval --model base` tries it alone"
+            }
+            _ => "lower `train.lr`, lengthen `train.warmup`, or look at the step's rows for damaged text",
+        }
     }
 
     /// The gradient that is not finite: the last in the order of the forward pass, where the backward pass met it first.
@@ -331,10 +338,7 @@ impl<'a> Training<'a> {
         let step = self.step;
         let LossOf { loss, perplexity, tokens, .. } = validation.overall;
         if !loss.is_finite() {
-            return Err(user_error(
-                format!("step {step}: the validation loss is {loss}"),
-                "lower `train.lr` if it happens after some steps; at step 0 the base model's weights or the held-out rows are damaged",
-            ));
+            return Err(user_error(format!("step {step}: the validation loss is {loss}"), self.way_out()));
         }
         let by_source: Vec<String> =
             validation.sources.iter().map(|one| format!("{} {:.4}", one.name, one.loss)).collect();

@@ -58,12 +58,20 @@ fn a_base_model_that_gives_no_number_stops_the_run() {
     let bench = Bench::new();
     let base = base_with(&bench, "model.norm.weight", |bytes| bytes.fill(0xff));
     let told = bench.refused("train", &["--out", "run", "--set", &base]);
-    assert_told(&told, &["step 0: the validation loss is NaN", "hint: "]);
+    assert_told(
+        &told,
+        &["step 0: the validation loss is NaN", "hint: no step was taken yet: the base model"],
+    );
+    assert!(!told.contains("train.lr"), "{told}");
 
     // Without held-out rows the first step notices.
     bench.ok("prepare", &["--set", "data.validation_fraction=0.0"]);
     let told =
         bench.refused("train", &["--out", "other", "--set", "data.validation_fraction=0.0", "--set", &base]);
-    assert_told(&told, &["step 1: the loss is NaN", "no checkpoint was written before", "hint: "]);
+    assert_told(
+        &told,
+        &["step 1: the loss is NaN", "no checkpoint was written before", "hint: no step was taken yet"],
+    );
+    assert!(!told.contains("train.lr"), "{told}");
     assert!(bench.checkpoints("other").is_empty());
 }

@@ -11,14 +11,16 @@ pub mod spider;
 use std::collections::{BTreeMap, HashSet};
 use std::path::Path;
 
-use anyhow::{Context as _, Result, anyhow};
+use anyhow::{Context as _, Error, Result, anyhow};
 use rayon::prelude::*;
 use serde::de::DeserializeOwned;
 
+use self::card::SourceCard;
 use super::example::Example;
 use super::manifest::InputFile;
 use super::reader::{fingerprint, read_records};
 use super::template::ALPACA_INPUT;
+use crate::error::{is_missing_file, with_hint};
 use crate::recipe::{SourceSpec, SourcesSpec, SpiderSpec, TemplateFormat};
 
 /// A source, named as in the recipe.
@@ -136,10 +138,26 @@ pub fn collect(spec: &SourcesSpec, format: TemplateFormat) -> Result<Vec<Collect
         .into_par_iter()
         .map(|kind| {
             collect_one(spec, kind, context_separator(format))
+                .map_err(|error| with_way_to_file(error, kind))
                 .with_context(|| format!("source `{}`", kind.name()))
         })
         .collect::<Result<_>>()?;
     Ok(found.into_iter().flatten().collect())
+}
+
+/// Adds where the file comes from when it is not there.
+fn with_way_to_file(error: Error, kind: SourceKind) -> Error {
+    if !is_missing_file(&error) {
+        return error;
+    }
+    let name = kind.name();
+    match SourceCard::of(kind) {
+        Ok(SourceCard { file, homepage, .. }) => {
+            let next = format!("mend its path in `data.sources.{name}`, or fetch {file} from {homepage}");
+            with_hint(error, next)
+        }
+        Err(damaged) => damaged,
+    }
 }
 
 fn is_asked(spec: &SourcesSpec, kind: SourceKind) -> bool {

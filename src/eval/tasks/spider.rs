@@ -10,8 +10,9 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context as _, Result};
 use serde::{Deserialize, Serialize};
 
+use crate::data::reader::read_records;
 use crate::engine::{EngineHandle, FinishReason, Generation, Request, Sampling, SubmitError, TokenStream};
-use crate::error::user_error;
+use crate::error::{is_missing_file, user_error, with_hint};
 use crate::eval::database::{Database, QueryError, QueryLimits};
 use crate::eval::result_set::same_answer;
 use crate::eval::sql;
@@ -33,10 +34,15 @@ pub struct Question {
 /// # Errors
 /// When the file is missing or a record has not the three fields.
 pub fn read_questions(path: &Path) -> Result<Vec<Question>> {
-    let text = std::fs::read(path).with_context(|| format!("cannot read `{}`", path.display()))?;
-    serde_json::from_slice(&text).with_context(|| {
-        format!("`{}` is no list of records with `db_id`, `question` and `query`", path.display())
+    let mut questions = Vec::new();
+    read_records(path, &["dev.json"], &[], &mut |_, question| {
+        questions.push(question);
+        Ok(())
     })
+    .map_err(|error| {
+        if is_missing_file(&error) { with_hint(error, "mend the paths in `eval.spider`") } else { error }
+    })?;
+    Ok(questions)
 }
 
 /// The databases of a folder, each opened when first asked for.
