@@ -5,6 +5,11 @@ use std::ops::Range;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
 
+use super::tokenizer::hex;
+
+/// Bytes of a document's text that lineage keeps; the ids of the sources are shorter.
+const LONGEST_ID: usize = 96;
+
 /// Who speaks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -81,6 +86,17 @@ pub struct Example {
 }
 
 impl Example {
+    /// The document's name for lineage: itself where it is short, else a hash that stays the same from run to run.
+    ///
+    /// Some sources know their documents by nothing but their text, pages of it; `record` leads back to that.
+    pub fn document_id(&self) -> String {
+        if self.document.len() <= LONGEST_ID {
+            return self.document.clone();
+        }
+        let hash = hex(&Sha256::digest(&self.document));
+        format!("sha256:{}", hash.get(..32).unwrap_or(&hash))
+    }
+
     /// A hash of what is said: equal for copies, whatever their place in the dump.
     pub fn identity(&self) -> [u8; 32] {
         let mut hash = Sha256::new();
@@ -90,5 +106,24 @@ impl Example {
             hash.update(&message.content);
         }
         hash.finalize().into()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn of(document: &str) -> Example {
+        Example { messages: Vec::new(), document: document.to_string(), record: 1, cuts: Vec::new() }
+    }
+
+    #[test]
+    fn a_document_is_known_by_a_short_name_that_stays_the_same() {
+        assert_eq!(of("ABC/2014/page_9.pdf").document_id(), "ABC/2014/page_9.pdf");
+        let text = "a passage of an encyclopaedia, ".repeat(200);
+        let id = of(&text).document_id();
+        // Of `sha256sum`: a change would lose the way back from datasets that lie on disks.
+        assert_eq!(id, "sha256:204f27efd7c1a5b80f6aacf2b385d67e");
+        assert_ne!(id, of(&text[1..]).document_id());
     }
 }

@@ -225,7 +225,7 @@ fn take(example: &Example, fitted: Fitted, source: u16, split: Split) -> Result<
     let lineage = Lineage {
         source,
         record: example.record,
-        document: example.document.clone(),
+        document: example.document_id(),
         split,
         tokens: u32::try_from(fitted.encoded.ids.len())?,
         supervised_tokens: u32::try_from(supervised)?,

@@ -7,7 +7,7 @@
 //!   seq_lengths  list<uint32>   tokens of each sequence
 //!   seq_sources  list<uint16>   its source: index into the manifest's list
 //!   seq_examples list<uint32>   its example: row of examples.parquet
-//! examples.parquet                    one row per example: source, record, document, split, tokens
+//! examples.parquet                    one row per example: source, record, document or its hash, split, tokens
 //! manifest.json
 //! ```
 
@@ -87,7 +87,7 @@ pub struct Lineage {
     pub source: u16,
     /// Record of the source's file, counted from 1.
     pub record: u32,
-    /// The document that decided its split.
+    /// The document that decided its split, by [`Example::document_id`](super::example::Example::document_id).
     pub document: String,
     /// What it is for.
     pub split: Split,
