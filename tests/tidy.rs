@@ -561,6 +561,34 @@ fn scripts_are_strict() {
     assert_eq!(lax_script("scripts/x.py", "#!/usr/bin/env python3\n").len(), 0);
 }
 
+/// A recipe with a key in it, or an unfinished one, lies untracked beside the others on its writer's machine.
+#[test]
+fn the_bundle_copies_what_git_tracks() {
+    let script = fs::read_to_string(root().join("scripts/bundle")).unwrap();
+    let start = script.find("copy_tracked() {").unwrap();
+    let function = &script[start..start + script[start..].find("\n}\n").unwrap() + 3];
+    let bundled = |with_git: bool| -> Vec<String> {
+        let folder = tempfile::tempdir().unwrap();
+        fs::create_dir_all(folder.path().join("recipes/more")).unwrap();
+        fs::create_dir(folder.path().join("out")).unwrap();
+        for file in ["recipes/a b.toml", "recipes/more/c.toml", "recipes/mine.toml"] {
+            fs::write(folder.path().join(file), "").unwrap();
+        }
+        let track = "git init -q . && git add 'recipes/a b.toml' recipes/more";
+        let text = format!(
+            "set -euo pipefail\nexport GIT_CEILING_DIRECTORIES=$PWD/..\n{function}{}\ncopy_tracked recipes out\ncopy_tracked none out\n",
+            if with_git { track } else { "" }
+        );
+        let done = Command::new("bash").args(["-c", &text]).current_dir(folder.path()).output().unwrap();
+        assert!(done.status.success(), "{}", String::from_utf8_lossy(&done.stderr));
+        let found = ["a b.toml", "more/c.toml", "mine.toml"].into_iter();
+        let recipes = folder.path().join("out/recipes");
+        found.filter(|name| recipes.join(name).is_file()).map(str::to_string).collect()
+    };
+    assert_eq!(bundled(true), ["a b.toml", "more/c.toml"]);
+    assert_eq!(bundled(false), ["a b.toml", "more/c.toml", "mine.toml"]);
+}
+
 #[test]
 fn literals_and_comments_are_no_code() {
     let text = "a /* b /* c */ d */ e // f\n\"g \\\" h\" 'i' '\\'' 'j r#\"k \" l\"# m";
