@@ -18,4 +18,5 @@ pub mod progress;
 pub mod recipe;
 pub mod retrieval;
 pub mod serve;
+pub mod threads;
 pub mod train;

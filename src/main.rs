@@ -4,7 +4,7 @@ use std::process::ExitCode;
 
 use clap::Parser as _;
 use granite::cli::Cli;
-use granite::{commands, error, progress};
+use granite::{commands, error, progress, threads};
 
 fn main() -> ExitCode {
     // A panic is a bug of ours, never an answer to input: it has an exit code of its own.
@@ -23,6 +23,7 @@ fn main() -> ExitCode {
         }
     };
     progress::set_quiet(cli.quiet);
+    threads::one_a_core();
     match std::panic::catch_unwind(|| commands::run(cli.command)) {
         Ok(Ok(())) => ExitCode::SUCCESS,
         Ok(Err(failure)) => {

@@ -3,6 +3,7 @@
 use std::io::Write as _;
 
 use anyhow::Result;
+use tch::Device;
 
 use crate::checkpoint::run::RunFolder;
 use crate::cli::TrainArgs;
@@ -25,9 +26,13 @@ pub fn run(args: &TrainArgs) -> Result<()> {
         return print_plan(&plan, args.json);
     }
     progress::note(plan.figures.to_string().trim_end());
+    let device = device::open(args.device)?;
+    if device == Device::Cpu {
+        progress::note(format!("{:<12}{}", "threads", tch::get_num_threads()));
+    }
     let options = RunOptions {
         folder,
-        device: device::open(args.device)?,
+        device,
         resume: args.resume,
         stop_after: args.stop_after,
         interrupt: Interrupt::listen(),

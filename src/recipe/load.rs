@@ -11,7 +11,8 @@ use super::Recipe;
 use crate::error::{is_missing_file, with_hint};
 
 /// What to do without a recipe.
-const MISSING: &str = "name a recipe that is there; the folder `recipes` beside the README holds some to begin with";
+const MISSING: &str =
+    "name a recipe that is there; the folder `recipes` beside the README holds some to begin with";
 
 /// `--set train.lr=1e-4`: a dotted key and a TOML value; what is no TOML value is a string.
 #[derive(Debug, Clone, PartialEq)]

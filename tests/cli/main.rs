@@ -19,6 +19,8 @@ fn granite(folder: &Path, arguments: &[&str]) -> String {
         // A wide, fixed terminal, and no network in tests.
         .env("COLUMNS", "100")
         .env("HF_HUB_OFFLINE", "1")
+        // Told by `train`, and another on every machine.
+        .env("OMP_NUM_THREADS", "1")
         .env_remove("GRANITE_API_KEY")
         .output()
         .unwrap();
