@@ -35,6 +35,8 @@ pub enum Command {
     Serve(ServeArgs),
     /// Say what this machine has and what is wrong with it.
     Doctor(DoctorArgs),
+    /// Measure how fast this machine's GPU is at what training is made of.
+    Bench(BenchArgs),
 }
 
 /// The recipe and what is laid over it.
@@ -214,6 +216,33 @@ pub struct DoctorArgs {
     pub bitsandbytes: Option<PathBuf>,
 
     /// Print the findings as JSON.
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// `granite bench`
+#[derive(Debug, Args)]
+pub struct BenchArgs {
+    /// What to measure.
+    #[command(subcommand)]
+    pub command: BenchCommand,
+}
+
+/// What to measure.
+#[derive(Debug, Subcommand)]
+pub enum BenchCommand {
+    /// Each kernel's memory traffic beside what the GPU can do at most.
+    Kernels(BenchKernelsArgs),
+}
+
+/// `granite bench kernels`
+#[derive(Debug, Args)]
+pub struct BenchKernelsArgs {
+    /// Write a page with the roofline and the table.
+    #[arg(long, value_name = "FILE")]
+    pub html: Option<PathBuf>,
+
+    /// Print the figures as JSON.
     #[arg(long)]
     pub json: bool,
 }

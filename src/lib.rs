@@ -14,6 +14,7 @@ pub mod losses;
 pub mod metrics;
 pub mod model;
 pub mod output;
+pub mod page;
 pub mod progress;
 pub mod recipe;
 pub mod retrieval;

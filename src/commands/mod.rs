@@ -1,5 +1,6 @@
 //! One file per subcommand: arguments in, summary out. Commands never call each other.
 
+pub mod bench;
 pub mod doctor;
 pub mod eval;
 pub mod merge;
@@ -23,5 +24,6 @@ pub fn run(command: Command) -> Result<()> {
         Command::Eval(args) => eval::run(&args),
         Command::Serve(args) => serve::run(&args),
         Command::Doctor(args) => doctor::run(&args),
+        Command::Bench(args) => bench::run(&args),
     }
 }

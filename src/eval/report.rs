@@ -8,6 +8,7 @@ use serde::Serialize;
 
 use super::tasks::spider::SpiderReport;
 use crate::losses::{LossOf, LossReport};
+use crate::page::{document, escape};
 
 /// The format that this program writes.
 pub const FORMAT_VERSION: u32 = 1;
@@ -51,41 +52,31 @@ pub fn write(folder: &Path, report: &Report) -> Result<()> {
     Ok(())
 }
 
-const STYLE: &str = "body{font:16px/1.5 system-ui,sans-serif;margin:3rem auto;max-width:46rem;padding:0 1rem;color:#161616}\
-    h1{font-weight:400}table{border-collapse:collapse;margin:1rem 0;width:100%}\
-    th,td{padding:.4rem .8rem;border-bottom:1px solid #d0d0d0;text-align:right;font-variant-numeric:tabular-nums}\
-    th:first-child,td:first-child{text-align:left}caption{text-align:left;font-weight:600}small{color:#525252}\
-    @media(prefers-color-scheme:dark){body{background:#161616;color:#f4f4f4}th,td{border-color:#525252}small{color:#a8a8a8}}";
-
 /// The report as a page.
 pub fn html(report: &Report) -> String {
     let title = format!("{} · {}", report.recipe, report.model);
-    let mut page = format!(
-        "<!doctype html>\n<html lang=\"en\">\n<meta charset=\"utf-8\">\n\
-         <meta name=\"viewport\" content=\"width=device-width\">\n<title>{0}</title>\n<style>{STYLE}</style>\n<h1>{0}</h1>\n",
-        escaped(&title)
-    );
+    let mut body = String::new();
     if let Some(losses) = &report.validation {
-        page.push_str(&loss_table(losses));
+        body.push_str(&loss_table(losses));
     }
     if let Some(spider) = &report.spider {
-        page.push_str(&spider_table(spider));
+        body.push_str(&spider_table(spider));
     }
     // Writing into a String cannot fail.
     let _ = writeln!(
-        page,
-        "<p><small>model <code>{}</code>, dataset <code>{}</code>, {}, {:.0} s</small></p>\n</html>",
-        escaped(&report.model_path),
-        escaped(&report.dataset),
-        escaped(&report.program),
+        body,
+        "<p><small>model <code>{}</code>, dataset <code>{}</code>, {}, {:.0} s</small></p>",
+        escape(&report.model_path),
+        escape(&report.dataset),
+        escape(&report.program),
         report.seconds
     );
-    page
+    document(&title, &body)
 }
 
 fn loss_table(losses: &LossReport) -> String {
     let mut table = String::from(
-        "<table><caption>Held-out rows</caption>\n\
+        "<table class=\"numbers\"><caption>Held-out rows</caption>\n\
          <tr><th>source</th><th>loss</th><th>perplexity</th><th>tokens</th><th>sequences</th></tr>\n",
     );
     for LossOf { name, loss, perplexity, tokens, sequences } in losses.sources.iter().chain([&losses.overall])
@@ -93,7 +84,7 @@ fn loss_table(losses: &LossReport) -> String {
         let _ = writeln!(
             table,
             "<tr><td>{}</td><td>{loss:.4}</td><td>{perplexity:.3}</td><td>{tokens}</td><td>{sequences}</td></tr>",
-            escaped(name)
+            escape(name)
         );
     }
     table.push_str("</table>\n");
@@ -112,16 +103,12 @@ fn spider_table(spider: &SpiderReport) -> String {
         ("questions without a database, left out", spider.without_database.to_string()),
         ("questions beyond the limit, left out", spider.beyond_limit.to_string()),
     ];
-    let mut table = String::from("<table><caption>Spider</caption>\n");
+    let mut table = String::from("<table class=\"numbers\"><caption>Spider</caption>\n");
     for (name, value) in rows {
         let _ = writeln!(table, "<tr><td>{name}</td><td>{value}</td></tr>");
     }
     table.push_str("</table>\n");
     table
-}
-
-fn escaped(text: &str) -> String {
-    text.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;").replace('"', "&quot;")
 }
 
 #[cfg(test)]

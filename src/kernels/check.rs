@@ -12,6 +12,7 @@ mod dropout;
 mod exact;
 mod inputs;
 mod nf4;
+pub mod rates;
 mod rms_norm;
 mod rope;
 mod swiglu;

@@ -8,30 +8,14 @@ use crate::checkpoint::run::RunFolder;
 use crate::metrics::event::Event;
 use crate::metrics::jsonl;
 use crate::output;
+use crate::page::chart::{Curve, curves};
+use crate::page::{document, escape};
 
 /// The page's name in the run's folder.
 pub const FILE: &str = "report.html";
 
-/// A chart's size in pixels.
-const WIDTH: f64 = 860.0;
-const HEIGHT: f64 = 300.0;
-/// Room for labels: left of the plot, below and around it.
-const LEFT: f64 = 70.0;
-const BELOW: f64 = 40.0;
-const AROUND: f64 = 14.0;
 /// A curve of more points is drawn as the means of so many stretches.
 const MOST_POINTS: usize = 1000;
-
-const STYLE: &str = "
-:root { color-scheme: light dark; --ink: #1f2328; --faint: #8b949e66; --a: #0969da; --b: #bc4c00; }
-@media (prefers-color-scheme: dark) { :root { --ink: #e6edf3; --a: #58a6ff; --b: #f0883e; } }
-body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); max-width: 900px; margin: 2rem auto; padding: 0 1rem; }
-svg { width: 100%; height: auto; } text { fill: var(--ink); font-size: 12px; }
-.grid { stroke: var(--faint); } polyline { fill: none; stroke-width: 1.6; }
-.a { stroke: var(--a); fill: var(--a); } .b { stroke: var(--b); fill: var(--b); } text.a, text.b { stroke: none; }
-table { border-collapse: collapse; } th, td { text-align: left; padding: .2rem 1.5rem .2rem 0; font-weight: normal; }
-td { font-variant-numeric: tabular-nums; }
-";
 
 /// Writes the page of a run from its metrics, whole or not at all.
 ///
@@ -40,13 +24,6 @@ td { font-variant-numeric: tabular-nums; }
 pub fn write(run: &RunFolder, name: &str) -> Result<()> {
     let events = jsonl::read(&run.metrics())?;
     output::write_file(&run.path().join(FILE), page(name, &events).as_bytes())
-}
-
-/// One curve; points are `(step, value)` in ascending steps.
-struct Curve {
-    label: &'static str,
-    class: &'static str,
-    points: Vec<(f64, f64)>,
 }
 
 fn page(name: &str, events: &[Event]) -> String {
@@ -62,15 +39,10 @@ fn page(name: &str, events: &[Event]) -> String {
         Event::Step(step) => Some(step.lr),
         _ => None,
     });
-    let name = escape(name);
     let (figures, sources) = (figures(events), sources(events));
-    let losses = chart("Loss in nats per supervised token", &[train, validation]);
-    let rates = chart("Learning rate", &[rate]);
-    format!(
-        "<!doctype html>\n<html lang=\"en\">\n<meta charset=\"utf-8\">\n\
-         <meta name=\"viewport\" content=\"width=device-width\">\n<title>{name}</title>\n\
-         <style>{STYLE}</style>\n<h1>{name}</h1>\n{figures}{losses}{rates}{sources}</html>\n"
-    )
+    let losses = curves("Loss in nats per supervised token", "step", &[train, validation]);
+    let rates = curves("Learning rate", "step", &[rate]);
+    document(name, &format!("{figures}{losses}{rates}{sources}"))
 }
 
 fn curve(
@@ -95,139 +67,6 @@ fn thinned(points: &[(f64, f64)]) -> Vec<(f64, f64)> {
         (sum.0 / count, sum.1 / count)
     };
     points.chunks(stretch).map(mean).collect()
-}
-
-/// A range of values with round bounds.
-struct Axis {
-    low: f64,
-    high: f64,
-    /// Distance of two labels.
-    step: f64,
-}
-
-impl Axis {
-    fn over(values: impl Iterator<Item = f64>) -> Self {
-        let (mut low, mut high) =
-            values.fold((f64::INFINITY, f64::NEG_INFINITY), |(low, high), v| (low.min(v), high.max(v)));
-        if low > high {
-            (low, high) = (0.0, 1.0);
-        }
-        if high - low <= 1e-9 * high.abs() {
-            // One value, or next to it: it lies in the middle.
-            let half = if high == 0.0 { 0.5 } else { high.abs() / 2.0 };
-            (low, high) = (low - half, high + half);
-        }
-        let step = round_step((high - low) / 5.0);
-        Self { low: (low / step).floor() * step, high: (high / step).ceil() * step, step }
-    }
-
-    /// Where a value lies between the bounds, in `[0, 1]`.
-    fn share(&self, value: f64) -> f64 {
-        (value - self.low) / (self.high - self.low)
-    }
-
-    fn labels(&self) -> impl Iterator<Item = (f64, String)> + '_ {
-        let count = ((self.high - self.low) / self.step).round() as usize;
-        (0..=count).map(|index| {
-            let value = self.low + index as f64 * self.step;
-            (value, self.text(value))
-        })
-    }
-
-    /// As many digits as tell two labels apart.
-    fn text(&self, value: f64) -> String {
-        let digits = -self.step.log10().floor();
-        // What is left of a difference of equal numbers is no value.
-        let value = if value.abs() < self.step / 2.0 { 0.0 } else { value };
-        if digits > 3.0 && value != 0.0 {
-            format!("{value:.1e}")
-        } else {
-            format!("{value:.0$}", digits.clamp(0.0, 3.0) as usize)
-        }
-    }
-}
-
-/// The first of 1, 2, 5 times a power of ten that is no smaller.
-fn round_step(step: f64) -> f64 {
-    let decade = 10f64.powf(step.log10().floor());
-    [1.0, 2.0, 5.0]
-        .map(|factor| factor * decade)
-        .into_iter()
-        .find(|one| *one >= step)
-        .unwrap_or(10.0 * decade)
-}
-
-fn chart(title: &str, curves: &[Curve]) -> String {
-    let points = || curves.iter().flat_map(|curve| &curve.points);
-    if points().next().is_none() {
-        return String::new();
-    }
-    let (x, y) = (Axis::over(points().map(|point| point.0)), Axis::over(points().map(|point| point.1)));
-    let mut svg = format!(
-        "<h2>{title}</h2>\n<svg viewBox=\"0 0 {WIDTH} {HEIGHT}\" role=\"img\" aria-label=\"{title}\">\n"
-    );
-    svg += &grid(&x, &y);
-    for (index, curve) in curves.iter().filter(|curve| !curve.points.is_empty()).enumerate() {
-        svg += &drawn(curve, &x, &y);
-        if curves.len() > 1 {
-            let at = WIDTH - AROUND - 90.0 * (index + 1) as f64;
-            // Writing to a string cannot fail.
-            let _ = writeln!(
-                svg,
-                "<text class=\"{}\" x=\"{at}\" y=\"{}\">{}</text>",
-                curve.class,
-                AROUND + 14.0,
-                curve.label
-            );
-        }
-    }
-    svg + "</svg>\n"
-}
-
-fn grid(x: &Axis, y: &Axis) -> String {
-    let (right, bottom) = (WIDTH - AROUND, HEIGHT - BELOW);
-    let mut svg = String::new();
-    for (value, label) in y.labels() {
-        let at = vertical(y, value);
-        let _ = writeln!(
-            svg,
-            "<line class=\"grid\" x1=\"{LEFT}\" x2=\"{right}\" y1=\"{at:.1}\" y2=\"{at:.1}\"/>"
-        );
-        let (end, middle) = (LEFT - 8.0, at + 4.0);
-        let _ = writeln!(svg, "<text text-anchor=\"end\" x=\"{end}\" y=\"{middle:.1}\">{label}</text>");
-    }
-    for (value, label) in x.labels() {
-        let at = horizontal(x, value);
-        let below = bottom + 18.0;
-        let _ = writeln!(svg, "<text text-anchor=\"middle\" x=\"{at:.1}\" y=\"{below}\">{label}</text>");
-    }
-    let (middle, below) = ((LEFT + right) / 2.0, HEIGHT - 4.0);
-    let _ = writeln!(svg, "<text text-anchor=\"middle\" x=\"{middle}\" y=\"{below}\">step</text>");
-    svg
-}
-
-/// A line, and a dot for each of a few points: a line through one point would not be seen.
-fn drawn(curve: &Curve, x: &Axis, y: &Axis) -> String {
-    let at: Vec<(f64, f64)> =
-        curve.points.iter().map(|point| (horizontal(x, point.0), vertical(y, point.1))).collect();
-    let list: Vec<String> = at.iter().map(|(x, y)| format!("{x:.1},{y:.1}")).collect();
-    let mut svg =
-        format!("<polyline class=\"{}\" points=\"{}\" style=\"fill:none\"/>\n", curve.class, list.join(" "));
-    if at.len() <= 50 {
-        for (x, y) in at {
-            let _ =
-                writeln!(svg, "<circle class=\"{}\" cx=\"{x:.1}\" cy=\"{y:.1}\" r=\"2.5\"/>", curve.class);
-        }
-    }
-    svg
-}
-
-fn horizontal(axis: &Axis, value: f64) -> f64 {
-    LEFT + axis.share(value) * (WIDTH - AROUND - LEFT)
-}
-
-fn vertical(axis: &Axis, value: f64) -> f64 {
-    HEIGHT - BELOW - axis.share(value) * (HEIGHT - BELOW - AROUND)
 }
 
 /// The numbers of the run's end.
@@ -273,10 +112,6 @@ fn sources(events: &[Event]) -> String {
         .map(|(name, loss)| format!("<tr><th>{}</th><td>{loss:.4}</td></tr>\n", escape(name)))
         .collect();
     format!("<h2>Last validation by source</h2>\n<table>\n{rows}</table>\n")
-}
-
-fn escape(text: &str) -> String {
-    text.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;").replace('"', "&quot;")
 }
 
 #[cfg(test)]
@@ -326,7 +161,7 @@ mod tests {
         assert!(page.contains("3.5000 at step 0, 1.2500 at step 40"));
         let points = drawn_points(&page);
         assert_eq!(points.len(), 40 + 2 + 40);
-        assert!(points.iter().all(|(x, y)| (LEFT..=WIDTH).contains(x) && (0.0..=HEIGHT - BELOW).contains(y)));
+        assert!(points.iter().all(|(x, y)| (70.0..=860.0).contains(x) && (0.0..=260.0).contains(y)));
         // A falling loss goes down the page.
         assert!(points[0].1 < points[39].1 && points[0].0 < points[39].0);
         assert!(!page.contains("NaN") && !page.contains("inf") && !page.contains("http"));
@@ -344,11 +179,7 @@ mod tests {
     }
 
     #[test]
-    fn labels_are_round_and_long_runs_are_thinned() {
-        let labels: Vec<String> = Axis::over([0.13, 1.02].into_iter()).labels().map(|one| one.1).collect();
-        assert_eq!(labels, ["0.0", "0.2", "0.4", "0.6", "0.8", "1.0", "1.2"]);
-        let labels: Vec<String> = Axis::over([0.0, 2e-4].into_iter()).labels().map(|one| one.1).collect();
-        assert_eq!(labels, ["0.000", "5.0e-5", "1.0e-4", "1.5e-4", "2.0e-4"]);
+    fn long_runs_are_thinned() {
         let points: Vec<(f64, f64)> = (0..2500).map(|at| (f64::from(at), 2.0)).collect();
         let thin = thinned(&points);
         assert_eq!((thin.len(), thin[0]), (834, (1.0, 2.0)));

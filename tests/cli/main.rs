@@ -21,6 +21,8 @@ fn granite(folder: &Path, arguments: &[&str]) -> String {
         .env("HF_HUB_OFFLINE", "1")
         // Told by `train`, and another on every machine.
         .env("OMP_NUM_THREADS", "1")
+        // The same on a machine with a GPU and on one without.
+        .env("CUDA_VISIBLE_DEVICES", "")
         .env_remove("GRANITE_API_KEY")
         .output()
         .unwrap();

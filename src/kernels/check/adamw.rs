@@ -24,7 +24,7 @@ pub(super) fn checks(device: Device) -> Vec<Check> {
 
 /// How moments are held.
 #[derive(Debug, Clone, Copy, PartialEq)]
-enum Form {
+pub(super) enum Form {
     Wide,
     Coded,
 }
@@ -61,11 +61,15 @@ fn grad_norm(device: Device) -> Result<Outcome> {
             cases += 1;
         }
     }
+    Ok(Outcome::near(cases).at(norm_rate(device)?))
+}
+
+/// Over 128 Mi numbers.
+pub(super) fn norm_rate(device: Device) -> Result<f64> {
     let g = Tensor::f_ones([BEYOND_CACHES / 2], (Kind::Float, device))?;
-    let scratch = Tensor::zeros([GRAD_PARTIALS], (Kind::Double, device));
-    let out = Tensor::zeros([1], (Kind::Double, device));
-    let rate = bandwidth(device, BEYOND_CACHES * 2, 1, |_| norm_squared(&g, &scratch, &out))?;
-    Ok(Outcome::near(cases).at(rate))
+    let scratch = Tensor::f_zeros([GRAD_PARTIALS], (Kind::Double, device))?;
+    let out = Tensor::f_zeros([1], (Kind::Double, device))?;
+    bandwidth(device, BEYOND_CACHES * 2, 1, |_| norm_squared(&g, &scratch, &out))
 }
 
 fn adamw(device: Device, form: Form) -> Result<Outcome> {
@@ -318,7 +322,7 @@ fn spoilt_gradients(device: Device, form: Form) -> Result<()> {
 }
 
 /// Over 64 Mi parameters with their copy.
-fn rate(device: Device, form: Form) -> Result<f64> {
+pub(super) fn rate(device: Device, form: Form) -> Result<f64> {
     let len: i64 = 64 << 20;
     let floats = || -> Result<Tensor> { Ok(Tensor::f_zeros([len], (Kind::Float, device))?) };
     let (p, g) = (floats()?, floats()?.normal_(0.0, 1.0));

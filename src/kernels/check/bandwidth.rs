@@ -19,6 +19,15 @@ pub(super) fn bandwidth(
     device: Device,
     bytes: i64,
     sets: usize,
+    launch: impl FnMut(usize) -> Result<()>,
+) -> Result<f64> {
+    Ok(bytes as f64 / seconds(device, sets, launch)? / 1e9)
+}
+
+/// Seconds of a launch: the best of some rounds; `sets` as in [`bandwidth`].
+pub(super) fn seconds(
+    device: Device,
+    sets: usize,
     mut launch: impl FnMut(usize) -> Result<()>,
 ) -> Result<f64> {
     let mut best = f64::INFINITY;
@@ -30,7 +39,7 @@ pub(super) fn bandwidth(
         synchronize(device);
         best = best.min(start.elapsed().as_secs_f64());
     }
-    Ok((bytes * LAUNCHES as i64) as f64 / best / 1e9)
+    Ok(best / LAUNCHES as f64)
 }
 
 /// The device's own copy: what a kernel bound by memory is measured against.

@@ -122,7 +122,7 @@ fn labels(rows: i64, vocab: i64, device: Device) -> Tensor {
 }
 
 /// A chunk of Granite's logits: 202 MB.
-fn rate(device: Device, gradient: Option<f64>) -> Result<f64> {
+pub(super) fn rate(device: Device, gradient: Option<f64>) -> Result<f64> {
     let (rows, vocab, columns) = (2048, 49_155, 49_280);
     let logits = Flavour::Normal.matrix(rows, columns, device);
     let labels = Tensor::f_randint(vocab, [rows], (Kind::Int64, device))?;

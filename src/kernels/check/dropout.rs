@@ -54,7 +54,7 @@ fn case(
 }
 
 /// GB/s at as many bytes read as written.
-fn rate(device: Device, kind: Kind) -> Result<f64> {
+pub(super) fn rate(device: Device, kind: Kind) -> Result<f64> {
     let elements = BEYOND_CACHES / kind.elt_size_in_bytes() as i64;
     let x = Tensor::f_zeros([elements], (kind, device))?;
     let y = x.f_empty_like()?;
@@ -121,7 +121,7 @@ fn rows_case(
 }
 
 /// GB/s over rows with a gap between them, as many bytes read (twice when adding) as written.
-fn rows_rate(device: Device, kind: Kind, adds: bool) -> Result<f64> {
+pub(super) fn rows_rate(device: Device, kind: Kind, adds: bool) -> Result<f64> {
     let columns = 8192;
     let rows = BEYOND_CACHES / kind.elt_size_in_bytes() as i64 / columns;
     let buffer = || Tensor::f_zeros([rows, columns + 64], (kind, device));

@@ -84,7 +84,7 @@ fn random_weight(shape: [i64; 2]) -> Nf4Weight {
 }
 
 /// Over the largest weight of Granite 3.1 8B, three of them in turn.
-fn dequantize_rate(device: Device, kind: Kind) -> Result<f64> {
+pub(super) fn dequantize_rate(device: Device, kind: Kind) -> Result<f64> {
     let shape = [12_800, 4096];
     let weight = random_weight(shape);
     let weights: Vec<Nf4Weight> = (0..3).map(|_| weight.to_device(device)).collect();

@@ -178,7 +178,7 @@ fn weight_and_rstd(device: Device) -> (Tensor, Tensor) {
     (Tensor::ones([COLUMNS], (Kind::BFloat16, device)), Tensor::ones([TOKENS], (Kind::Float, device)))
 }
 
-fn forward_rate(device: Device) -> Result<f64> {
+pub(super) fn forward_rate(device: Device) -> Result<f64> {
     let sets = operands(device, 2);
     let (weight, rstd) = weight_and_rstd(device);
     bandwidth(device, 4 * TOKENS * COLUMNS, SETS, |set| {
@@ -186,7 +186,7 @@ fn forward_rate(device: Device) -> Result<f64> {
     })
 }
 
-fn add_rate(device: Device) -> Result<f64> {
+pub(super) fn add_rate(device: Device) -> Result<f64> {
     let sets = operands(device, 4);
     let (weight, rstd) = weight_and_rstd(device);
     bandwidth(device, 8 * TOKENS * COLUMNS, SETS, |set| {
@@ -195,7 +195,7 @@ fn add_rate(device: Device) -> Result<f64> {
     })
 }
 
-fn backward_rate(device: Device) -> Result<f64> {
+pub(super) fn backward_rate(device: Device) -> Result<f64> {
     let sets = operands(device, 4);
     let (weight, rstd) = weight_and_rstd(device);
     bandwidth(device, 8 * TOKENS * COLUMNS, SETS, |set| {

@@ -82,7 +82,7 @@ fn exact(x: &Tensor, table: &RotaryTable, backward: bool) -> (Tensor, Tensor) {
 }
 
 /// The query and key heads of Granite-3.1-8B's packed rows: 40 of 48.
-fn rate(device: Device) -> Result<f64> {
+pub(super) fn rate(device: Device) -> Result<f64> {
     let (turned, all, head_dim) = (40, 48, 128);
     let table =
         RotaryTable::new(&Tensor::f_arange(TOKENS, (Kind::Int64, device))?.remainder(2048), head_dim, THETA)?;

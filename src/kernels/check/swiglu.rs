@@ -116,14 +116,14 @@ fn exact_gradients(dy: &Tensor, gate_up: &Tensor) -> ([Tensor; 2], Tensor) {
 /// Width at which bandwidth is measured; one set of operands is beyond every cache.
 const INTER: i64 = 12_800;
 
-fn forward_rate(device: Device) -> Result<f64> {
+pub(super) fn forward_rate(device: Device) -> Result<f64> {
     let gate_up = Flavour::Normal.matrix(TOKENS, 2 * INTER, device);
     let y = Tensor::f_empty([TOKENS, INTER], (Kind::BFloat16, device))?;
     bandwidth(device, 6 * TOKENS * INTER, 1, |_| swiglu_into(&gate_up, &y))
 }
 
 /// With the activation once more, elsewhere.
-fn backward_rate(device: Device) -> Result<f64> {
+pub(super) fn backward_rate(device: Device) -> Result<f64> {
     let gate_up = Flavour::Normal.matrix(TOKENS, 2 * INTER, device);
     let dy = Flavour::Normal.matrix(TOKENS, INTER, device);
     let y = dy.f_empty_like()?;

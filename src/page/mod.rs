@@ -1,0 +1,43 @@
+//! Pages for people: one HTML file each, without anything from elsewhere, in light and dark.
+
+pub mod axis;
+pub mod chart;
+
+const STYLE: &str = "
+:root { color-scheme: light dark; --ink: #1f2328; --faint: #8b949e66; --a: #0969da; --b: #bc4c00; }
+@media (prefers-color-scheme: dark) { :root { --ink: #e6edf3; --a: #58a6ff; --b: #f0883e; } }
+body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); max-width: 900px; margin: 2rem auto; padding: 0 1rem; }
+svg { width: 100%; height: auto; } text { fill: var(--ink); font-size: 12px; }
+.grid, .leader { stroke: var(--faint); } polyline { fill: none; stroke-width: 1.6; }
+.a { stroke: var(--a); fill: var(--a); } .b { stroke: var(--b); fill: var(--b); } text.a, text.b { stroke: none; }
+table { border-collapse: collapse; margin: 1rem 0; } caption { text-align: left; font-weight: 600; }
+th, td { text-align: left; padding: .2rem 1.5rem .2rem 0; font-weight: normal; }
+td { font-variant-numeric: tabular-nums; } tr + tr > * { border-top: 1px solid var(--faint); }
+.numbers th:not(:first-child), .numbers td:not(:first-child) { text-align: right; padding: .2rem 0 .2rem 1.5rem; }
+";
+
+/// A whole page; `title` is plain text, `body` is HTML.
+pub fn document(title: &str, body: &str) -> String {
+    let title = escape(title);
+    format!(
+        "<!doctype html>\n<html lang=\"en\">\n<meta charset=\"utf-8\">\n\
+         <meta name=\"viewport\" content=\"width=device-width\">\n<title>{title}</title>\n\
+         <style>{STYLE}</style>\n<h1>{title}</h1>\n{body}</html>\n"
+    )
+}
+
+/// Plain text as HTML.
+pub fn escape(text: &str) -> String {
+    text.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;").replace('"', "&quot;")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_title_cannot_break_the_page() {
+        let page = document("<script>&\"", "<p>b</p>");
+        assert!(!page.contains("<script") && page.contains("<h1>&lt;script&gt;&amp;&quot;</h1>\n<p>b</p>"));
+    }
+}
