@@ -7,7 +7,7 @@ const STYLE: &str = "
 :root { color-scheme: light dark; --ink: #1f2328; --faint: #8b949e66; --a: #0969da; --b: #bc4c00; }
 @media (prefers-color-scheme: dark) { :root { --ink: #e6edf3; --a: #58a6ff; --b: #f0883e; } }
 body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); max-width: 900px; margin: 2rem auto; padding: 0 1rem; }
-svg { width: 100%; height: auto; } text { fill: var(--ink); font-size: 12px; }
+svg { width: 100%; height: auto; overflow: visible; } text { fill: var(--ink); font-size: 12px; }
 .grid, .leader { stroke: var(--faint); } polyline { fill: none; stroke-width: 1.6; }
 .a { stroke: var(--a); fill: var(--a); } .b { stroke: var(--b); fill: var(--b); } text.a, text.b { stroke: none; }
 table { border-collapse: collapse; margin: 1rem 0; } caption { text-align: left; font-weight: 600; }

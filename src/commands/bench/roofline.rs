@@ -37,8 +37,7 @@ fn plot(figures: &Figures) -> String {
     let points: Vec<(f64, f64)> =
         figures.kernels.iter().map(|one| (one.rate.flop_per_byte, one.tflop_per_s)).collect();
     let x = Axis::decades(points.iter().map(|point| point.0).chain([ridge, 2.0 * ridge]));
-    // Room above the highest line for its name.
-    let y = Axis::decades(points.iter().map(|point| point.1).chain([1.2 * gemm_tflop_per_s]));
+    let y = Axis::decades(points.iter().map(|point| point.1).chain([gemm_tflop_per_s]));
     let frame = Frame { x, y, height: HEIGHT };
     let ((left, right), (low, _)) = (x.bounds(), y.bounds());
     let begin = left.max(low / slope);
@@ -64,7 +63,7 @@ fn names(frame: &Frame, ceilings: &Ceilings, ridge: f64) -> String {
          <text class=\"b\" text-anchor=\"end\" x=\"{:.1}\" y=\"{height:.1}\">device copy {copy_gb_per_s:.0} GB/s</text>\n\
          <line class=\"grid\" x1=\"{at:.1}\" x2=\"{at:.1}\" y1=\"{top:.1}\" y2=\"{:.1}\"/>",
         frame.right(),
-        top - 6.0,
+        top + 17.0,
         beside - 12.0,
         frame.bottom()
     );
@@ -75,7 +74,8 @@ fn names(frame: &Frame, ceilings: &Ceilings, ridge: f64) -> String {
 fn numbered(frame: &Frame, points: &[(f64, f64)], kernels: &[Figure]) -> String {
     let mut places: Vec<(usize, (f64, f64))> =
         points.iter().map(|point| frame.place(*point)).enumerate().collect();
-    places.sort_by(|(_, a), (_, b)| a.0.total_cmp(&b.0));
+    // Of two in one place the lower one's line goes further left, so that the two do not cross.
+    places.sort_by(|(_, a), (_, b)| a.0.total_cmp(&b.0).then(b.1.total_cmp(&a.1)));
     let wanted: Vec<f64> = places.iter().map(|(_, place)| place.0).collect();
     let (low, foot) = (frame.bottom() - 8.0, frame.bottom() - 22.0);
     let mut svg = String::new();
