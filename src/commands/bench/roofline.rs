@@ -62,8 +62,8 @@ fn names(frame: &Frame, ceilings: &Ceilings, ridge: f64) -> String {
         "<text class=\"b\" text-anchor=\"end\" x=\"{:.1}\" y=\"{:.1}\">bf16 product {gemm_tflop_per_s:.0} TFLOP/s</text>\n\
          <text class=\"b\" text-anchor=\"end\" x=\"{:.1}\" y=\"{height:.1}\">device copy {copy_gb_per_s:.0} GB/s</text>\n\
          <line class=\"grid\" x1=\"{at:.1}\" x2=\"{at:.1}\" y1=\"{top:.1}\" y2=\"{:.1}\"/>",
-        frame.right(),
-        top + 17.0,
+        at - 12.0,
+        top + 4.0,
         beside - 12.0,
         frame.bottom()
     );
