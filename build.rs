@@ -29,7 +29,23 @@ fn run() -> Result<(), String> {
     )?;
     check_libtorch(Path::new(&folder))?;
     println!("cargo:rustc-link-arg=-Wl,-rpath,{folder}");
+    compile_bridge(Path::new(&folder));
     compile::run(Path::new(&folder))
+}
+
+/// Compiles what tch does not bind of libtorch. `cc` ends the build with the compiler's words when it fails.
+fn compile_bridge(folder: &Path) {
+    const SOURCE: &str = "cuda/libtorch/bridge.cpp";
+    println!("cargo:rerun-if-changed={SOURCE}");
+    let include = folder.join("../include");
+    cc::Build::new()
+        .cpp(true)
+        .std("c++20")
+        .warnings(true)
+        .flag("-isystem")
+        .flag(include)
+        .file(SOURCE)
+        .compile("granite_libtorch_bridge");
 }
 
 /// A wheel of torch says its version in `torch/version.py`; other builds of libtorch say nothing and are taken as they are.

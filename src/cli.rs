@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use clap::{Args, Parser, Subcommand};
 
 use crate::kernels::device::DeviceChoice;
-use crate::recipe::Override;
+use crate::recipe::{Override, Recompute};
 
 /// From dataset dumps to an answering service: prepare, train, merge, eval, serve.
 #[derive(Debug, Parser)]
@@ -101,6 +101,10 @@ pub struct TrainArgs {
     /// Compute on this device: `cpu`, `cuda` or `auto`.
     #[arg(long, value_enum, default_value_t = DeviceChoice::Auto)]
     pub device: DeviceChoice,
+
+    /// Stay within so much GPU memory, in place of all that is free.
+    #[arg(long, value_name = "GIB")]
+    pub gpu_memory: Option<f64>,
 
     /// Print the summary as JSON.
     #[arg(long)]
@@ -233,6 +237,8 @@ pub struct BenchArgs {
 pub enum BenchCommand {
     /// Each kernel's memory traffic beside what the GPU can do at most.
     Kernels(BenchKernelsArgs),
+    /// Training steps with random weights in a model's shape.
+    Train(BenchTrainArgs),
 }
 
 /// `granite bench kernels`
@@ -241,6 +247,50 @@ pub struct BenchKernelsArgs {
     /// Write a page with the roofline and the table.
     #[arg(long, value_name = "FILE")]
     pub html: Option<PathBuf>,
+
+    /// Print the figures as JSON.
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// `granite bench train`
+#[derive(Debug, Args)]
+pub struct BenchTrainArgs {
+    /// A Hugging Face `config.json`, in place of Granite-3.1-8B's shape.
+    #[arg(long, value_name = "FILE")]
+    pub config: Option<PathBuf>,
+
+    /// Rows of a micro-batch.
+    #[arg(long, default_value_t = 4)]
+    pub rows: usize,
+
+    /// Tokens of a row.
+    #[arg(long, default_value_t = 2048)]
+    pub length: usize,
+
+    /// Take the rows of a prepared dataset, in place of random ids that are all supervised.
+    #[arg(long, value_name = "FOLDER")]
+    pub dataset: Option<PathBuf>,
+
+    /// Fill rows with sequences of halving lengths, in place of one sequence each.
+    #[arg(long)]
+    pub uneven: bool,
+
+    /// Rank of the adapter on all projections.
+    #[arg(long, default_value_t = 64)]
+    pub rank: usize,
+
+    /// Dropout of the adapter.
+    #[arg(long, default_value_t = 0.0)]
+    pub dropout: f64,
+
+    /// What the backward pass computes again.
+    #[arg(long, value_enum, default_value_t = Recompute::None)]
+    pub recompute: Recompute,
+
+    /// Steps to time, after two to warm up.
+    #[arg(long, default_value_t = 8)]
+    pub steps: usize,
 
     /// Print the figures as JSON.
     #[arg(long)]

@@ -1,15 +1,21 @@
-"""Trains with PEFT in float32 on the rows of a finished run, in its order, and sets the losses side by side.
+"""Trains with PEFT on the rows of a finished run, in its order, and sets the losses side by side.
 
 The run must have been trained without dropout, with 32-bit AdamW and constant learning rate settings that metrics.jsonl
 tells. Of each of its lines with `"event": "step"` the fields `step`, `loss`, `lr` and `rows` (row numbers of
 train.parquet, in order) are read. The adapter starts from the program's own initial values, which are a function of
 seed and name (src/model/init.rs) and are computed here again.
 
-    python scripts/oracle/follow_peft.py RUN_FOLDER DATASET_FOLDER BASE.gguf [STEPS]
+    python scripts/oracle/follow_peft.py RUN_FOLDER DATASET_FOLDER BASE.gguf [--steps N]
+
+In float32 on the CPU, one sequence at a time. With `--gpu` as people train: bitsandbytes' 4-bit layers and bfloat16
+autocast, the sequences of a step padded into one batch; `--attention` chooses transformers' implementation, and two runs
+with different ones show how far PEFT is from itself.
 """
 
+import argparse
+
 import json
-import sys
+import tempfile
 import tomllib
 from pathlib import Path
 
@@ -18,6 +24,7 @@ import pyarrow.parquet as parquet
 import torch
 from check_adapter import load_base
 from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 MASK = (1 << 64) - 1
 GAMMA = 0x9E3779B97F4A7C15
@@ -89,34 +96,83 @@ def step_of(model, rows: list[dict]) -> float:
     return total / supervised
 
 
+def load_4bit(base: Path, attention: str) -> torch.nn.Module:
+    """The base in bitsandbytes' 4-bit layers on the GPU, by way of a folder, because GGUF files cannot be quantised."""
+    with tempfile.TemporaryDirectory() as folder:
+        read = AutoModelForCausalLM.from_pretrained(base.parent, gguf_file=base.name, dtype=torch.float32)
+        config = type(read.config)(**{k: v for k, v in read.config.to_dict().items() if k != "quantization_config"})
+        plain = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        plain.load_state_dict(read.state_dict())
+        plain.save_pretrained(folder)
+        quantization = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.bfloat16,
+        )
+        return AutoModelForCausalLM.from_pretrained(
+            folder, quantization_config=quantization, dtype=torch.bfloat16, attn_implementation=attention, device_map={"": 0}
+        )
+
+
+def padded_step(model, rows: list[dict]) -> float:
+    """As `step_of`, with all sequences in one batch."""
+    sequences = [(ids, labels) for row in rows for ids, labels in sequences_of(row)]
+    pad = torch.nn.utils.rnn.pad_sequence
+    ids = pad([ids for ids, _ in sequences], batch_first=True).cuda()
+    labels = pad([labels for _, labels in sequences], batch_first=True, padding_value=-100)[:, 1:].cuda()
+    mask = pad([torch.ones_like(ids) for ids, _ in sequences], batch_first=True).cuda()
+    with torch.autocast("cuda", dtype=torch.bfloat16):
+        logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1]
+    supervised = labels != -100
+    loss = torch.nn.functional.cross_entropy(logits[supervised].float(), labels[supervised])
+    loss.backward()
+    return loss.item()
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name in ("run", "dataset", "base"):
+        parser.add_argument(name, type=Path)
+    parser.add_argument("--steps", type=int)
+    parser.add_argument("--gpu", action="store_true")
+    parser.add_argument("--attention", default="sdpa", choices=["sdpa", "eager"])
+    parser.add_argument("--losses", type=Path, help="where PEFT's losses go, as JSON")
+    return parser.parse_args()
+
+
 def main() -> None:
-    run, dataset, base = (Path(argument) for argument in sys.argv[1:4])
+    options = arguments()
+    run, dataset, base = options.run, options.dataset, options.base
     recipe = tomllib.loads((run / "recipe.toml").read_text())
     events = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     steps = [event for event in events if event.get("event") == "step"]
-    steps = steps[: int(sys.argv[4])] if len(sys.argv) > 4 else steps
+    steps = steps[: options.steps]
     assert steps, f"{run / 'metrics.jsonl'} has no steps"
     assert "rows" in steps[0], "the metrics do not tell which rows a step took"
     table = parquet.read_table(dataset / "train.parquet").to_pylist()
     train = recipe["train"]
-    model = adapted(load_base(base), recipe)
+    model = adapted(load_4bit(base.resolve(), options.attention) if options.gpu else load_base(base), recipe)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(
         parameters, lr=1.0, betas=tuple(train["betas"]), eps=train["eps"], weight_decay=train["weight_decay"]
     )
-    worst = 0.0
+    losses = []
     print(f"{'step':>5} {'granite':>10} {'peft':>10} {'difference':>11}")
     for event in steps:
         for group in optimizer.param_groups:
             group["lr"] = event["lr"]
         optimizer.zero_grad()
-        loss = step_of(model, [table[row] for row in event["rows"]])
+        loss = (padded_step if options.gpu else step_of)(model, [table[row] for row in event["rows"]])
         if train["max_grad_norm"] > 0:
             torch.nn.utils.clip_grad_norm_(parameters, train["max_grad_norm"])
         optimizer.step()
-        worst = max(worst, abs(event["loss"] - loss))
+        losses.append(loss)
         print(f"{event['step']:>5} {event['loss']:>10.6f} {loss:>10.6f} {event['loss'] - loss:>11.2e}", flush=True)
-    print(f"largest difference {worst:.2e}")
+    differences = [abs(event["loss"] - loss) for event, loss in zip(steps, losses)]
+    print(f"differences: mean {sum(differences) / len(differences):.2e}, largest {max(differences):.2e}")
+    if options.losses:
+        options.losses.write_text(json.dumps({"granite": [event["loss"] for event in steps], "peft": losses}))
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ use crate::kernels::driver::{self, Driver, NoGpu};
 use crate::kernels::gpu::Gpu;
 use crate::kernels::images::{self, IMAGES, NVCC};
 use crate::kernels::libtorch::{self, Libtorch};
+use crate::model::fused::check::against_twins;
 
 /// What libtorch tch was written for.
 const LIBTORCH: &str = "2.11.";
@@ -288,7 +289,21 @@ fn check_kernels(device: Option<Device>, folders: &[PathBuf]) -> Vec<Finding> {
     // Other inputs every time; the seed is told, so that a failure can be made again.
     let seed = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| i64::from(time.subsec_nanos()));
     let library = bitsandbytes::find(folders, LIBRARIES[1]).and_then(|file| CudaLibrary::open(&file).ok());
-    check::all(device, seed, library.as_ref()).into_iter().map(|check| checked(check, seed)).collect()
+    let kernels = check::all(device, seed, library.as_ref()).into_iter().map(|check| checked(check, seed));
+    kernels.chain([fused_passes(device, seed)]).collect()
+}
+
+/// All kernels together: a small model's losses and gradients.
+fn fused_passes(device: Device, seed: i64) -> Finding {
+    const SUBJECT: &str = "training passes";
+    match against_twins(device) {
+        Ok(cases) => Finding::ok(SUBJECT, format!("within tolerance in {cases} cases")),
+        Err(error) => Finding::problem(
+            SUBJECT,
+            format!("differ from their twins (seed {seed}): {error:#}"),
+            "please report this",
+        ),
+    }
 }
 
 fn checked(check: Check, seed: i64) -> Finding {

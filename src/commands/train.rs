@@ -11,6 +11,7 @@ use crate::kernels::device;
 use crate::progress;
 use crate::recipe::Recipe;
 use crate::train::interrupt::Interrupt;
+use crate::train::memory::told;
 use crate::train::plan::Plan;
 use crate::train::run::{RunOptions, Summary, run as train};
 
@@ -35,6 +36,7 @@ pub fn run(args: &TrainArgs) -> Result<()> {
         device,
         resume: args.resume,
         stop_after: args.stop_after,
+        gpu_memory: args.gpu_memory.map(|gib| (gib * f64::from(1 << 30)) as i64),
         interrupt: Interrupt::listen(),
     };
     let summary = train(plan, &options)?;
@@ -44,6 +46,9 @@ pub fn run(args: &TrainArgs) -> Result<()> {
 fn print_plan(plan: &Plan, json: bool) -> Result<()> {
     let text = if json { serde_json::to_string_pretty(&plan.figures)? } else { plan.figures.to_string() };
     writeln!(std::io::stdout(), "{}", text.trim_end())?;
+    if !json {
+        writeln!(std::io::stdout(), "on a GPU    {} GiB, by what is computed again", told(plan))?;
+    }
     Ok(())
 }
 

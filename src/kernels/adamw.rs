@@ -23,6 +23,7 @@ use anyhow::{Result, ensure};
 use rayon::prelude::*;
 use tch::{Device, Kind, Tensor};
 
+use super::bridge;
 use super::dynamic_map::dynamic_map;
 use super::host;
 
@@ -94,7 +95,8 @@ fn sum_of_squares(values: &[f32]) -> f64 {
 
 /// One update of `p` (`[n]` f32) by the gradient `g` (`[n]` f32) with 8-bit moments `m` and `v`, whose blocks count from the first
 /// element; `copy` (`[n]` bf16) takes the rounded parameters. `norm_squared` (`[1]` f64) is what gradients are clipped by;
-/// where it is not finite nothing changes.
+/// where it is not finite nothing changes. On a GPU the moments may also lie in pinned host memory
+/// ([`bridge::pinned`](super::bridge::pinned)): slower, but no GPU memory.
 ///
 /// # Errors
 /// When a tensor is of another shape, dtype or device or not contiguous, or the driver fails.
@@ -260,10 +262,16 @@ fn check_8bit(
 ) -> Result<()> {
     let (len, device) = check_common(p, copy, g, norm_squared)?;
     for (codes, absmax) in moments {
-        check("a moment's codes", codes, Kind::Uint8, len, device)?;
-        check("a moment's scales", absmax, Kind::Float, blocks_of(len), device)?;
+        check("a moment's codes", codes, Kind::Uint8, len, reach(codes, device)?)?;
+        check("a moment's scales", absmax, Kind::Float, blocks_of(len), reach(absmax, device)?)?;
     }
     Ok(())
+}
+
+/// Where a moment may lie: on the device, or, for a GPU's kernels, in the host's pinned memory.
+fn reach(moment: &Tensor, device: Device) -> Result<Device> {
+    let on_host = device.is_cuda() && moment.device() == Device::Cpu && bridge::is_pinned(moment)?;
+    Ok(if on_host { Device::Cpu } else { device })
 }
 
 fn check_32bit(
@@ -274,7 +282,9 @@ fn check_32bit(
     norm_squared: &Tensor,
 ) -> Result<()> {
     let (len, device) = check_common(p, copy, g, norm_squared)?;
-    moments.into_iter().try_for_each(|moment| check("a moment", moment, Kind::Float, len, device))
+    moments
+        .into_iter()
+        .try_for_each(|moment| check("a moment", moment, Kind::Float, len, reach(moment, device)?))
 }
 
 fn check_common(

@@ -10,6 +10,7 @@ use anyhow::{Result, ensure};
 use tch::{Kind, Tensor};
 
 use super::gpu::KernelParams;
+use super::host::twin_takes;
 use super::rows::{Rows, gpu_of, grid, vectorised};
 
 /// A label whose row has no loss and no gradient.
@@ -49,13 +50,36 @@ pub fn cross_entropy_with_grad_reference(
         let labels = labels.narrow(0, start, rows);
         let logits = logits_reference(&h.narrow(0, start, rows), head, scaling);
         losses.push(row_losses(&logits, &labels));
-        let mut d_logits = logits.softmax(-1, Kind::Float);
-        let minus_one = Tensor::full([rows, 1], -1.0, (Kind::Float, h.device()));
-        let _ = d_logits.scatter_add_(1, &labels.unsqueeze(1), &minus_one);
-        let _ = d_logits.g_mul_scalar_(weight / scaling);
-        gradients.push(d_logits.to_kind(h.kind()).matmul(head));
+        gradients.push(row_gradients(&logits, &labels, weight / scaling).to_kind(h.kind()).matmul(head));
     }
     (Tensor::cat(&losses, 0), Tensor::cat(&gradients, 0))
+}
+
+/// `(softmax(logits) − onehot(label)) · factor`.
+fn row_gradients(logits: &Tensor, labels: &Tensor, factor: f64) -> Tensor {
+    let mut gradients = logits.softmax(-1, Kind::Float);
+    let minus_one = Tensor::full([labels.size()[0], 1], -1.0, (Kind::Float, logits.device()));
+    let _ = gradients.scatter_add_(1, &labels.unsqueeze(1), &minus_one);
+    gradients * factor
+}
+
+/// [`cross_entropy_into`] in tensor operations, for labels inside the vocabulary.
+fn cross_entropy_twin(
+    logits: &Tensor,
+    labels: &Tensor,
+    vocab: i64,
+    inverse_scaling: f64,
+    gradient: Option<f64>,
+    losses: &Tensor,
+) -> Result<()> {
+    let mut columns = logits.narrow(1, 0, vocab);
+    let scaled = &columns * inverse_scaling;
+    losses.shallow_clone().f_copy_(&row_losses(&scaled, labels))?;
+    if let Some(weight) = gradient {
+        let _ = logits.shallow_clone().f_zero_()?;
+        columns.f_copy_(&row_gradients(&scaled, labels, weight * inverse_scaling))?;
+    }
+    Ok(())
 }
 
 fn row_losses(logits: &Tensor, labels: &Tensor) -> Tensor {
@@ -85,6 +109,9 @@ pub fn cross_entropy_into(
     gradient: Option<f64>,
     losses: &Tensor,
 ) -> Result<()> {
+    if twin_takes(logits) {
+        return cross_entropy_twin(logits, labels, vocab, inverse_scaling, gradient, losses);
+    }
     let logits = Rows::new("logits", logits, Kind::BFloat16)?;
     let labels = Rows::of("labels", labels, Kind::Int64, [1, logits.rows])?;
     let losses = Rows::of("losses", losses, Kind::Float, [1, logits.rows])?;

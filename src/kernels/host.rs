@@ -56,3 +56,8 @@ pub fn filled<T: Element>(shape: &[i64], fill: impl FnOnce(&mut [T])) -> Tensor 
     }
     tensor
 }
+
+/// Whether a kernel leaves an operand to its twin: f32 in the processor's memory, where fused passes are tested.
+pub(super) fn twin_takes(operand: &Tensor) -> bool {
+    operand.device() == Device::Cpu && operand.kind() == Kind::Float
+}

@@ -12,6 +12,7 @@ use cudarc::driver::LaunchConfig;
 use tch::{Kind, Tensor};
 
 use super::gpu::KernelParams;
+use super::host::twin_takes;
 use super::rows::{Rows, gpu_of, grid, vectorised};
 
 /// What the forward pass leaves behind.
@@ -45,6 +46,11 @@ pub fn rms_norm_backward_reference(dy: &Tensor, x: &Tensor, weight: &Tensor, rst
 /// # Errors
 /// When an operand has another dtype, shape or layout, is not on the GPU of `x`, or `hidden` is above 16,384.
 pub fn rms_norm_into(x: &Tensor, weight: &Tensor, eps: f64, y: &Tensor, rstd: &Tensor) -> Result<()> {
+    if twin_takes(x) {
+        let out = rms_norm_reference(x, weight, eps);
+        y.shallow_clone().f_copy_(&out.y)?;
+        return Ok(rstd.shallow_clone().f_copy_(&out.rstd.view_as(rstd))?);
+    }
     let x = Rows::new("x", x, Kind::BFloat16)?;
     let shape = [x.rows, x.columns];
     let weight = Rows::of("weight", weight, Kind::BFloat16, [1, x.columns])?;
@@ -93,6 +99,10 @@ pub fn add_rms_norm_into(
     y: &Tensor,
     rstd: &Tensor,
 ) -> Result<()> {
+    if twin_takes(x) {
+        sum.shallow_clone().f_copy_(&(x + branch * multiplier))?;
+        return rms_norm_into(sum, weight, eps, y, rstd);
+    }
     let x = Rows::new("x", x, Kind::BFloat16)?;
     let shape = [x.rows, x.columns];
     let branch = Rows::of("branch", branch, Kind::BFloat16, shape)?;
@@ -139,6 +149,10 @@ pub fn rms_norm_backward_into(
     d_residual: &Tensor,
     dx: &Tensor,
 ) -> Result<()> {
+    if twin_takes(dy) {
+        let gradient = rms_norm_backward_reference(dy, x, weight, &rstd.unsqueeze(1));
+        return Ok(dx.shallow_clone().f_copy_(&(d_residual + gradient))?);
+    }
     let dy = Rows::new("dy", dy, Kind::BFloat16)?;
     let shape = [dy.rows, dy.columns];
     let x = Rows::of("x", x, Kind::BFloat16, shape)?;

@@ -7,6 +7,7 @@ use anyhow::{Context as _, Result, bail, ensure};
 use tch::{Kind, Tensor};
 
 use super::gpu::KernelParams;
+use super::host::twin_takes;
 use super::rows::{Rows, gpu_of, grid, vectorised};
 
 /// Cosine and sine of each position's angles, shared by all layers and by both passes.
@@ -85,6 +86,12 @@ pub fn rotate_in_place(x: &Tensor, table: &RotaryTable, backward: bool) -> Resul
     let &[tokens, heads, head_dim] = size.as_slice() else {
         bail!("`x` is {size:?}, expected [tokens, heads, head_dim]");
     };
+    if twin_takes(x) {
+        let (cos, sin) = (table.cos.unsqueeze(1), table.sin.unsqueeze(1));
+        let angles = RotaryAngles { cos, sin };
+        let turned = if backward { angles.rotate_backward(x) } else { angles.rotate(x) };
+        return Ok(x.shallow_clone().f_copy_(&turned)?);
+    }
     let half = table.cos.size()[1];
     ensure!(head_dim == 2 * half, "heads of `x` have {head_dim} elements, the table is for {}", 2 * half);
     let flat = x
@@ -187,7 +194,7 @@ mod tests {
         assert!(told(&bf16(&[5, 2, 16])).contains("the table is for 8"));
         assert!(told(&bf16(&[4, 2, 8])).contains("`cos` is [5, 4], expected [4, 4]"));
         assert!(told(&bf16(&[5, 4, 8]).slice(1, 0, 4, 2)).contains("side by side"));
-        assert!(told(&bf16(&[5, 2, 8]).to_kind(Kind::Float)).contains("expected BFloat16"));
+        assert!(told(&bf16(&[5, 2, 8]).to_kind(Kind::Half)).contains("expected BFloat16"));
         assert!(told(&bf16(&[5, 2, 8])).contains("Cpu"));
         assert!(RotaryTable::new(&positions(5), 7, 1e4).is_err());
         assert!(RotaryTable::new(&positions(5).to_kind(Kind::Float), 8, 1e4).is_err());

@@ -10,6 +10,7 @@ use anyhow::{Context as _, Result};
 use tch::{Kind, Tensor};
 
 use super::gpu::KernelParams;
+use super::host::twin_takes;
 use super::rows::{Rows, gpu_of, grid, vectorised};
 
 /// `silu(gate) · up`, all `[tokens, inter]`.
@@ -33,6 +34,10 @@ pub fn swiglu_backward_reference(dy: &Tensor, gate: &Tensor, up: &Tensor) -> (Te
 /// # Errors
 /// When an operand has another dtype, shape or layout, or they are not on one GPU.
 pub fn swiglu_into(gate_up: &Tensor, y: &Tensor) -> Result<()> {
+    if twin_takes(gate_up) {
+        let [gate, up] = halves(gate_up);
+        return Ok(y.shallow_clone().f_copy_(&swiglu_reference(&gate, &up))?);
+    }
     let y = Rows::new("y", y, Kind::BFloat16)?;
     let gate_up = Rows::of("gate_up", gate_up, Kind::BFloat16, [y.rows, 2 * y.columns])?;
     launch(["swiglu_8", "swiglu_any"], None, &gate_up, Some(&y))
@@ -45,10 +50,24 @@ pub fn swiglu_into(gate_up: &Tensor, y: &Tensor) -> Result<()> {
 /// # Errors
 /// As [`swiglu_into`].
 pub fn swiglu_backward_into(dy: &Tensor, gate_up: &Tensor, y: Option<&Tensor>) -> Result<()> {
+    if twin_takes(gate_up) {
+        let [mut gate, mut up] = halves(gate_up);
+        let again = swiglu_reference(&gate, &up);
+        let (d_gate, d_up) = swiglu_backward_reference(dy, &gate, &up);
+        gate.f_copy_(&d_gate)?;
+        up.f_copy_(&d_up)?;
+        return y.map_or(Ok(()), |y| Ok(y.shallow_clone().f_copy_(&again)?));
+    }
     let dy = Rows::new("dy", dy, Kind::BFloat16)?;
     let gate_up = Rows::of("gate_up", gate_up, Kind::BFloat16, [dy.rows, 2 * dy.columns])?;
     let y = y.map(|y| Rows::of("y", y, Kind::BFloat16, [dy.rows, dy.columns])).transpose()?;
     launch(["swiglu_backward_8", "swiglu_backward_any"], Some(&dy), &gate_up, y.as_ref())
+}
+
+/// Gate and up as views.
+fn halves(gate_up: &Tensor) -> [Tensor; 2] {
+    let inter = gate_up.size()[1] / 2;
+    [gate_up.narrow(1, 0, inter), gate_up.narrow(1, inter, inter)]
 }
 
 /// Elements of a thread of the kernels, and its largest access.

@@ -32,6 +32,12 @@ pub struct Batch {
     pub sources: Vec<u16>,
     /// How many labels are not [`IGNORE`].
     pub supervised: i64,
+    /// Positions whose label counts, `[supervised]` i64, ascending.
+    pub rows: Tensor,
+    /// The same on the host.
+    pub host_rows: Vec<i64>,
+    /// The largest token id; -1 without tokens.
+    pub largest_id: i64,
 }
 
 impl Batch {
@@ -50,14 +56,18 @@ impl Batch {
             cu_seqlens.push(input_ids.len() as i64);
             sources.push(sequence.source);
         }
-        let supervised = labels.iter().filter(|label| **label != IGNORE).count() as i64;
+        let counts = |(at, label): (usize, &i64)| (*label != IGNORE).then_some(at as i64);
+        let host_rows: Vec<i64> = labels.iter().enumerate().filter_map(counts).collect();
         Self {
             input_ids: Tensor::from_slice(&input_ids).to_device(device),
             labels: Tensor::from_slice(&labels).to_device(device),
             position_ids: Tensor::from_slice(&position_ids).to_device(device),
             cu_seqlens,
             sources,
-            supervised,
+            supervised: host_rows.len() as i64,
+            rows: Tensor::from_slice(&host_rows).to_device(device),
+            largest_id: input_ids.iter().copied().max().unwrap_or(-1),
+            host_rows,
         }
     }
 

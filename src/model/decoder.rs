@@ -3,8 +3,11 @@
 use anyhow::{Context as _, Result, bail, ensure};
 use tch::{Device, Kind, Tensor};
 
-use super::batch::{Batch, IGNORE};
+use super::batch::Batch;
 use super::config::ModelConfig;
+use super::fused::Fused;
+use super::fused::group::GroupName;
+use super::fused::plan::Sizes;
 use super::init;
 use super::kv_cache::KvCache;
 use super::layer::{DecoderLayer, LayerSaved, PassContext};
@@ -17,7 +20,7 @@ use crate::kernels::cross_entropy::{
 };
 use crate::kernels::rms_norm::{RmsNormOut, rms_norm_backward_reference, rms_norm_reference};
 use crate::kernels::rope::RotaryAngles;
-use crate::recipe::{LoraSpec, Projection, Quantization};
+use crate::recipe::{LoraSpec, Projection, Quantization, Recompute};
 
 /// How to hold the frozen weights.
 #[derive(Debug, Clone, Copy)]
@@ -70,10 +73,31 @@ pub struct Decoder {
     layers: Vec<DecoderLayer>,
     /// `[hidden]`.
     norm: Tensor,
-    /// `[vocab, hidden]`; the embedding itself when the configuration ties them.
+    /// `[vocab, hidden]`; the embedding itself when the configuration ties them. On a GPU filled up with zero rows.
     lm_head: Tensor,
-    adapters: Option<ParamSet>,
+    adapters: Option<Adapters>,
     adapters_on: bool,
+    /// Kernels and fixed memory for training on a GPU, once prepared.
+    fused: Option<Fused>,
+}
+
+/// An adapter's parameters.
+#[derive(Debug)]
+struct Adapters {
+    spec: LoraSpec,
+    params: ParamSet,
+    /// The same in the activations' dtype, flat; in f32, and once prepared, the parameters themselves.
+    copies: Tensor,
+}
+
+/// The frozen part of a decoder.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Frozen<'a> {
+    pub(super) config: &'a ModelConfig,
+    pub(super) embed_tokens: &'a Tensor,
+    pub(super) layers: &'a [DecoderLayer],
+    pub(super) norm: &'a Tensor,
+    pub(super) lm_head: &'a Tensor,
 }
 
 impl Decoder {
@@ -86,7 +110,17 @@ impl Decoder {
         let loader = Loader { source, config, quantization, device, kind: kind_on(device) };
         let Weights { embed_tokens, layers, norm, lm_head } = loader.load()?;
         let config = config.clone();
-        Ok(Self { config, device, embed_tokens, layers, norm, lm_head, adapters: None, adapters_on: true })
+        Ok(Self {
+            config,
+            device,
+            embed_tokens,
+            layers,
+            norm,
+            lm_head,
+            adapters: None,
+            adapters_on: true,
+            fused: None,
+        })
     }
 
     /// What the model is.
@@ -110,24 +144,31 @@ impl Decoder {
     /// When one is attached already.
     pub fn attach_lora(&mut self, spec: &LoraSpec, seed: u64) -> Result<()> {
         ensure!(self.adapters.is_none(), "the decoder has an adapter already");
-        let targets: Vec<(usize, Projection)> = (0..self.layers.len())
-            .flat_map(|layer| Projection::ALL.map(|projection| (layer, projection)))
-            .filter(|(_, projection)| spec.targets.contains(projection))
-            .collect();
-        let params = ParamSet::zeros(
-            targets
-                .iter()
-                .flat_map(|(layer, projection)| self.lora_parameters(*layer, *projection, spec.rank)),
-            self.device,
-        );
-        let kind = self.kind();
-        for (index, (layer, projection)) in targets.into_iter().enumerate() {
-            let (a_slot, b_slot) = (2 * index, 2 * index + 1);
+        // A of all projections that share an input side by side, then their B: products take them as one.
+        let groups = (0..self.layers.len())
+            .flat_map(|layer| GroupName::ALL.map(|group| (layer, group.members())))
+            .map(|(layer, members)| (layer, members.iter().filter(|one| spec.targets.contains(one))));
+        let mut parameters = Vec::new();
+        let mut places = Vec::new();
+        for (layer, members) in groups {
+            let both: Vec<_> =
+                members.map(|one| (*one, self.lora_parameters(layer, *one, spec.rank))).collect();
+            let (first, count) = (parameters.len(), both.len());
+            places.extend(
+                both.iter().enumerate().map(|(at, (one, _))| (layer, *one, first + at, first + count + at)),
+            );
+            let (a, b): (Vec<_>, Vec<_>) = both.into_iter().map(|(_, [a, b])| (a, b)).unzip();
+            parameters.extend(a.into_iter().chain(b));
+        }
+        let params = ParamSet::zeros(parameters, self.device);
+        let copies = params.flat().to_kind(self.kind());
+        for (layer, projection, a_slot, b_slot) in places {
             initialise(&params, a_slot, seed);
-            let adapter = Adapter::new(&params, a_slot, b_slot, spec.scale(), spec.dropout, kind);
+            let adapter = Adapter::new(&params, &copies, (a_slot, b_slot), spec.scale(), spec.dropout);
             self.projection_mut(layer, projection).adapter = Some(adapter);
         }
-        self.adapters = Some(params);
+        self.adapters = Some(Adapters { spec: spec.clone(), params, copies });
+        self.adapters_changed();
         Ok(())
     }
 
@@ -143,19 +184,48 @@ impl Decoder {
 
     /// The adapter's parameters, f32; [`adapters_changed`](Self::adapters_changed) must be called after writing to them.
     pub fn adapters(&self) -> Option<&ParamSet> {
-        self.adapters.as_ref()
+        self.adapters.as_ref().map(|adapters| &adapters.params)
     }
 
-    /// Renews what is derived from the adapter (compute copies).
+    /// Renews what is derived from the adapter (copies for products).
     pub fn adapters_changed(&mut self) {
-        let Some(params) = &self.adapters else { return };
-        for layer in &mut self.layers {
-            for projection in layer.projections_mut() {
-                if let Some(adapter) = &mut projection.adapter {
-                    adapter.refresh(params);
-                }
-            }
+        if let Some(Adapters { params, copies, .. }) = &mut self.adapters
+            && copies.kind() != Kind::Float
+        {
+            tch::no_grad(|| copies.copy_(params.flat()));
         }
+    }
+
+    /// Takes the memory for training on a GPU in micro-batches of at most `tokens`, once; training then runs through our
+    /// kernels. Meant for a GPU; on the CPU it is for tests.
+    ///
+    /// # Errors
+    /// When no adapter is attached, or the memory does not suffice.
+    pub fn prepare(&mut self, tokens: i64, recompute: Recompute) -> Result<()> {
+        let adapters = self.adapters.as_mut().context("no adapter is attached: there is nothing to train")?;
+        // The passes take the parameters themselves.
+        adapters.copies = adapters.params.flat().shallow_clone();
+        for adapter in self.layers.iter_mut().flat_map(DecoderLayer::adapters_mut) {
+            adapter.take_copies(&adapters.params, &adapters.copies);
+        }
+        let sizes = Sizes::new(&self.config, &adapters.spec, tokens, recompute);
+        self.fused = Some(Fused::new(sizes, self.kind(), self.device)?);
+        Ok(())
+    }
+
+    /// The passes over our kernels, once [prepared](Self::prepare).
+    pub fn fused(&self) -> Option<&Fused> {
+        self.fused.as_ref()
+    }
+
+    fn frozen(&self) -> Frozen<'_> {
+        let Self { config, embed_tokens, layers, norm, lm_head, .. } = self;
+        Frozen { config, embed_tokens, layers, norm, lm_head }
+    }
+
+    /// The head without the rows that fill it up, `[vocab, hidden]`.
+    fn head(&self) -> Tensor {
+        self.lm_head.narrow(0, 0, self.config.vocab_size)
     }
 
     /// Switches the attached adapter on or off: off is the base model.
@@ -168,14 +238,20 @@ impl Decoder {
     /// # Errors
     /// When a token id or a position is beyond the model's.
     pub fn loss(&self, batch: &Batch) -> Result<Loss> {
+        self.check(batch)?;
+        if batch.supervised == 0 {
+            return Ok(empty_loss(batch));
+        }
         tch::no_grad(|| {
-            let pass = self.pass(batch, None)?;
+            if let Some(fused) = self.fused.as_ref().filter(|fused| fused.takes(batch)) {
+                return per_sequence(batch, &fused.loss(self.frozen(), batch, self.adapters_on)?);
+            }
+            let pass = self.pass(batch, None);
             let hidden = self.forward(batch, &pass, |_| {})?;
-            let Some(rows) = supervised_rows(batch) else { return Ok(empty_loss(batch)) };
-            let normed = self.final_norm(&hidden.index_select(0, &rows)).y;
-            let labels = batch.labels.index_select(0, &rows);
-            let losses = cross_entropy_reference(&normed, &self.lm_head, &labels, self.config.logits_scaling);
-            per_sequence(batch, &rows, &losses)
+            let normed = self.final_norm(&hidden.index_select(0, &batch.rows)).y;
+            let labels = batch.labels.index_select(0, &batch.rows);
+            let losses = cross_entropy_reference(&normed, &self.head(), &labels, self.config.logits_scaling);
+            per_sequence(batch, &losses)
         })
     }
 
@@ -188,25 +264,32 @@ impl Decoder {
             self.adapters.is_some() && self.adapters_on,
             "no adapter is attached: there is nothing to train"
         );
+        self.check(batch)?;
+        if batch.supervised == 0 {
+            return Ok(empty_loss(batch));
+        }
         tch::no_grad(|| {
+            if let Some(fused) = &self.fused {
+                return per_sequence(batch, &fused.loss_and_grad(self.frozen(), batch, options, grads)?);
+            }
             let GradOptions { scale, seed, microbatch } = *options;
-            let pass = self.pass(batch, Some(DropoutStep { seed, microbatch }))?;
+            let pass = self.pass(batch, Some(DropoutStep { seed, microbatch }));
             let mut saved = Vec::with_capacity(self.layers.len());
             let hidden = self.forward(batch, &pass, |layer| saved.push(layer))?;
-            let Some(rows) = supervised_rows(batch) else { return Ok(empty_loss(batch)) };
-            let (losses, d_hidden) = self.head_with_grad(&hidden, batch, &rows, scale);
+            let (losses, d_hidden) = self.head_with_grad(&hidden, batch, scale);
             self.backward(d_hidden, saved, &pass, grads)?;
-            per_sequence(batch, &rows, &losses)
+            per_sequence(batch, &losses)
         })
     }
 
-    /// Losses of the supervised `rows` and the gradient of the residual stream after the last layer.
-    fn head_with_grad(&self, hidden: &Tensor, batch: &Batch, rows: &Tensor, scale: f64) -> (Tensor, Tensor) {
+    /// Losses of the supervised rows and the gradient of the residual stream after the last layer.
+    fn head_with_grad(&self, hidden: &Tensor, batch: &Batch, scale: f64) -> (Tensor, Tensor) {
+        let rows = &batch.rows;
         let x = hidden.index_select(0, rows);
         let RmsNormOut { y, rstd } = self.final_norm(&x);
         let labels = batch.labels.index_select(0, rows);
         let scaling = self.config.logits_scaling;
-        let (losses, dy) = cross_entropy_with_grad_reference(&y, &self.lm_head, &labels, scaling, scale);
+        let (losses, dy) = cross_entropy_with_grad_reference(&y, &self.head(), &labels, scaling, scale);
         let dx = rms_norm_backward_reference(&dy, &x, &self.norm, &rstd);
         let mut d_hidden = hidden.zeros_like();
         let _ = d_hidden.index_copy_(0, rows, &dx);
@@ -237,11 +320,12 @@ impl Decoder {
     /// # Errors
     /// As [`loss`](Self::loss).
     pub fn logits(&self, batch: &Batch, rows: &Tensor) -> Result<Tensor> {
+        self.check(batch)?;
         tch::no_grad(|| {
-            let pass = self.pass(batch, None)?;
+            let pass = self.pass(batch, None);
             let hidden = self.forward(batch, &pass, |_| {})?;
             let normed = self.final_norm(&hidden.index_select(0, rows)).y;
-            Ok(logits_reference(&normed, &self.lm_head, self.config.logits_scaling))
+            Ok(logits_reference(&normed, &self.head(), self.config.logits_scaling))
         })
     }
 
@@ -269,7 +353,7 @@ impl Decoder {
             }
             cache.length = past + new;
             let normed = self.final_norm(&x.narrow(0, new - 1, 1)).y;
-            Ok(logits_reference(&normed, &self.lm_head, self.config.logits_scaling).squeeze_dim(0))
+            Ok(logits_reference(&normed, &self.head(), self.config.logits_scaling).squeeze_dim(0))
         })
     }
 
@@ -307,13 +391,16 @@ impl Decoder {
         rms_norm_reference(x, &self.norm, self.config.rms_norm_eps)
     }
 
-    fn pass<'a>(&'a self, batch: &'a Batch, dropout: Option<DropoutStep>) -> Result<PassContext<'a>> {
+    fn check(&self, batch: &Batch) -> Result<()> {
         if batch.tokens() == 0 {
             bail!("the batch is empty");
         }
         let longest = batch.cu_seqlens.windows(2).map(|pair| pair[1] - pair[0]).max().unwrap_or(0);
-        self.check_ids(batch.input_ids.max().int64_value(&[]), longest)?;
-        Ok(self.pass_over(&batch.position_ids, &batch.cu_seqlens, dropout))
+        self.check_ids(batch.largest_id, longest)
+    }
+
+    fn pass<'a>(&'a self, batch: &'a Batch, dropout: Option<DropoutStep>) -> PassContext<'a> {
+        self.pass_over(&batch.position_ids, &batch.cu_seqlens, dropout)
     }
 
     fn pass_over<'a>(
@@ -357,23 +444,17 @@ fn initialise(params: &ParamSet, a_slot: usize, seed: u64) {
     params.view(a_slot).copy_(&Tensor::from_slice(&values).view(slot.shape.as_slice()));
 }
 
-/// Positions whose label counts, `[supervised]` i64, or `None` when there are none.
-fn supervised_rows(batch: &Batch) -> Option<Tensor> {
-    (batch.supervised > 0).then(|| batch.labels.ne(IGNORE).nonzero().squeeze_dim(1))
-}
-
 fn empty_loss(batch: &Batch) -> Loss {
     let seqs = batch.cu_seqlens.len().saturating_sub(1);
     Loss { per_sequence: vec![0.0; seqs], supervised: vec![0; seqs] }
 }
 
 /// Sums in f64, in order: the same whatever the row's neighbours are.
-fn per_sequence(batch: &Batch, rows: &Tensor, losses: &Tensor) -> Result<Loss> {
-    let rows = Vec::<i64>::try_from(rows.to_device(Device::Cpu))?;
+fn per_sequence(batch: &Batch, losses: &Tensor) -> Result<Loss> {
     let losses = Vec::<f32>::try_from(losses.to_device(Device::Cpu))?;
     let mut loss = empty_loss(batch);
     let mut sequence = 0;
-    for (row, value) in rows.into_iter().zip(losses) {
+    for (row, value) in batch.host_rows.iter().copied().zip(losses) {
         while row >= batch.cu_seqlens[sequence + 1] {
             sequence += 1;
         }

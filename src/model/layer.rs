@@ -4,7 +4,7 @@ use anyhow::Result;
 use tch::Tensor;
 
 use super::config::ModelConfig;
-use super::linear::{DropoutStep, LoraLinear, LoraSaved};
+use super::linear::{Adapter, DropoutStep, LoraLinear, LoraSaved};
 use super::params::ParamSet;
 use crate::kernels::attention::{
     attention_backward_reference, attention_reference, cached_attention_reference,
@@ -87,9 +87,9 @@ impl DecoderLayer {
         }
     }
 
-    /// In the order of [`Projection::ALL`].
-    pub(super) fn projections_mut(&mut self) -> [&mut LoraLinear; 7] {
-        [
+    /// The adapters of its projections.
+    pub(super) fn adapters_mut(&mut self) -> impl Iterator<Item = &mut Adapter> {
+        let projections = [
             &mut self.q_proj,
             &mut self.k_proj,
             &mut self.v_proj,
@@ -97,7 +97,8 @@ impl DecoderLayer {
             &mut self.gate_proj,
             &mut self.up_proj,
             &mut self.down_proj,
-        ]
+        ];
+        projections.into_iter().filter_map(|projection| projection.adapter.as_mut())
     }
 
     /// `x` `[tokens, hidden]` → the residual stream after the layer, and what the backward pass needs.

@@ -34,31 +34,30 @@ impl BaseWeight {
 pub struct Adapter {
     pub(super) a_slot: usize,
     pub(super) b_slot: usize,
-    /// `[rank, in]` in the activations' dtype.
-    a: Tensor,
-    /// `[out, rank]`.
-    b: Tensor,
-    scale: f64,
-    dropout: f64,
+    /// `[rank, in]` in the activations' dtype, or in f32.
+    pub(super) a: Tensor,
+    /// `[out, rank]`, as `a`.
+    pub(super) b: Tensor,
+    pub(super) scale: f64,
+    pub(super) dropout: f64,
 }
 
 impl Adapter {
+    /// The adapter whose parameters are the slots `a_slot` and `b_slot`; `copies` holds all parameters for products.
     pub(super) fn new(
         params: &ParamSet,
-        a_slot: usize,
-        b_slot: usize,
+        copies: &Tensor,
+        (a_slot, b_slot): (usize, usize),
         scale: f64,
         dropout: f64,
-        kind: Kind,
     ) -> Self {
-        let copy = |slot| params.view(slot).to_kind(kind);
-        Self { a_slot, b_slot, a: copy(a_slot), b: copy(b_slot), scale, dropout }
+        let [a, b] = [a_slot, b_slot].map(|slot| params.view_of(copies, slot));
+        Self { a_slot, b_slot, a, b, scale, dropout }
     }
 
-    pub(super) fn refresh(&mut self, params: &ParamSet) {
-        // In f32 the copies are views of the parameters themselves.
-        self.a = params.view(self.a_slot).to_kind(self.a.kind());
-        self.b = params.view(self.b_slot).to_kind(self.b.kind());
+    /// Takes another allocation for products.
+    pub(super) fn take_copies(&mut self, params: &ParamSet, copies: &Tensor) {
+        (self.a, self.b) = (params.view_of(copies, self.a_slot), params.view_of(copies, self.b_slot));
     }
 
     /// `s · B · A`, `[out, in]` f32.
@@ -72,10 +71,11 @@ impl Adapter {
     /// smaller than half a unit in the last place of `x·Wᵀ` would vanish, and young adapters are all that small.
     fn joined(&self, x: &Tensor, weight: &Tensor, xa: &Tensor) -> Tensor {
         let xa = xa * self.scale;
+        let b = self.b.to_kind(x.kind());
         if x.kind() == Kind::Float {
-            return x.matmul(&weight.tr()) + xa.matmul(&self.b.tr());
+            return x.matmul(&weight.tr()) + xa.matmul(&b.tr());
         }
-        Tensor::cat(&[x, &xa], 1).matmul(&Tensor::cat(&[weight, &self.b], 1).tr())
+        Tensor::cat(&[x, &xa], 1).matmul(&Tensor::cat(&[weight, &b], 1).tr())
     }
 
     fn dropped(&self, x: &Tensor, key: Option<DropoutKey>) -> Result<Tensor> {
@@ -112,7 +112,8 @@ pub struct DropoutStep {
 }
 
 impl LoraLinear {
-    fn key(&self, step: Option<DropoutStep>) -> Option<DropoutKey> {
+    /// Names the projection's mask in a micro-batch.
+    pub(super) fn key(&self, step: Option<DropoutStep>) -> Option<DropoutKey> {
         step.map(|DropoutStep { seed, microbatch }| DropoutKey { seed, microbatch, module: self.module })
     }
 
@@ -127,7 +128,7 @@ impl LoraLinear {
         let Some(adapter) = self.adapter.as_ref().filter(|_| adapted) else {
             return Ok((x.matmul(&weight.tr()), LoraSaved::default()));
         };
-        let xa = adapter.dropped(x, self.key(step))?.matmul(&adapter.a.tr()); // [tokens, rank]
+        let xa = adapter.dropped(x, self.key(step))?.matmul(&adapter.a.to_kind(x.kind()).tr()); // [tokens, rank]
         let y = adapter.joined(x, &weight, &xa);
         Ok((y, LoraSaved { xa: Some(xa) }))
     }
@@ -159,13 +160,13 @@ impl LoraLinear {
     ) -> Result<Option<Tensor>> {
         let (Some(adapter), Some(xa)) = (&self.adapter, &saved.xa) else { return Ok(None) };
         let key = self.key(step);
-        let dyb = dy.matmul(&adapter.b) * adapter.scale; // [tokens, rank]
+        let dyb = dy.matmul(&adapter.b.to_kind(dy.kind())) * adapter.scale; // [tokens, rank]
         let d_b = dy.tr().matmul(xa) * adapter.scale; // [out, rank]
         let d_a = dyb.tr().matmul(&adapter.dropped(x, key)?); // [rank, in]
         add_into(grads, adapter.b_slot, &d_b);
         add_into(grads, adapter.a_slot, &d_a);
         // The mask and its scale are the same linear map in both directions.
-        Ok(Some(adapter.dropped(&dyb.matmul(&adapter.a), key)?))
+        Ok(Some(adapter.dropped(&dyb.matmul(&adapter.a.to_kind(dy.kind())), key)?))
     }
 }
 

@@ -3,10 +3,12 @@
 pub mod batch;
 pub mod config;
 pub mod decoder;
+pub mod fused;
 pub mod init;
 pub mod kv_cache;
 pub mod layer;
 pub mod linear;
 pub mod load;
 pub mod params;
+pub mod random;
 pub mod weights;

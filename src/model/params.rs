@@ -68,8 +68,13 @@ impl ParamSet {
 
     /// The parameter at `index` of [`slots`](Self::slots) as a view in its shape.
     pub fn view(&self, index: usize) -> Tensor {
+        self.view_of(&self.flat, index)
+    }
+
+    /// The same view of another allocation in this layout: a copy in another dtype.
+    pub(super) fn view_of(&self, flat: &Tensor, index: usize) -> Tensor {
         let slot = &self.slots[index];
-        self.flat.narrow(0, slot.offset, slot.len()).view(slot.shape.as_slice())
+        flat.narrow(0, slot.offset, slot.len()).view(slot.shape.as_slice())
     }
 
     /// Index of a parameter by name.

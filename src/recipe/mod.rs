@@ -311,6 +311,8 @@ pub struct TrainSpec {
     pub save_every: u64,
     /// Checkpoints that stay.
     pub keep_last: usize,
+    /// What a GPU computes again in the backward pass to save memory; changes no number.
+    pub recompute: RecomputeChoice,
 }
 
 impl Default for TrainSpec {
@@ -332,6 +334,66 @@ impl Default for TrainSpec {
             eval_every: 0,
             save_every: 0,
             keep_last: 3,
+            recompute: RecomputeChoice::default(),
+        }
+    }
+}
+
+/// What the backward pass computes again, as a recipe may ask.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum RecomputeChoice {
+    /// The fastest that fits the memory.
+    #[default]
+    Auto,
+    /// As [`Recompute::None`].
+    None,
+    /// As [`Recompute::Mlp`].
+    Mlp,
+    /// As [`Recompute::Layer`].
+    Layer,
+    /// As [`Recompute::LayerOffload`].
+    #[serde(rename = "layer+offload")]
+    LayerOffload,
+}
+
+/// What the backward pass computes again, from much memory and speed to little of both.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "snake_case")]
+pub enum Recompute {
+    /// Only norms and activations.
+    None,
+    /// Gate and up as well.
+    Mlp,
+    /// All of a layer from the stream before it.
+    Layer,
+    /// The same, with those streams and the optimiser's moments kept in the host's memory.
+    #[serde(rename = "layer+offload")]
+    #[value(name = "layer+offload")]
+    LayerOffload,
+}
+
+impl Recompute {
+    /// From the fastest to the leanest.
+    pub const ALL: [Self; 4] = [Self::None, Self::Mlp, Self::Layer, Self::LayerOffload];
+
+    /// Whether whole layers are computed again.
+    pub fn is_layer(self) -> bool {
+        matches!(self, Self::Layer | Self::LayerOffload)
+    }
+
+    /// Whether streams and moments lie in the host's memory.
+    pub fn offloads(self) -> bool {
+        self == Self::LayerOffload
+    }
+
+    /// As in a recipe.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::None => "none",
+            Self::Mlp => "mlp",
+            Self::Layer => "layer",
+            Self::LayerOffload => "layer+offload",
         }
     }
 }

@@ -1,6 +1,7 @@
 //! The training loop.
 
 pub mod interrupt;
+pub mod memory;
 pub mod optimizer;
 pub mod order;
 pub mod plan;

@@ -5,12 +5,13 @@
 //! Parameters below 4,096 elements keep 32-bit moments, as in bitsandbytes.
 
 use anyhow::{Context as _, Result, ensure};
-use tch::{Device, Kind, Tensor};
+use tch::{Cuda, Device, Kind, Tensor};
 
 use crate::checkpoint::tensor_file::NamedTensors;
 use crate::kernels::adamw::{
     AdamWStep, BLOCK, GRAD_PARTIALS, adamw_8bit, adamw_32bit, blocks_of, norm_squared, zero_codes,
 };
+use crate::kernels::bridge;
 use crate::model::params::{ParamSet, ParamSlot};
 use crate::recipe::{Optimizer, TrainSpec};
 
@@ -79,13 +80,17 @@ impl GradNorm {
 impl AdamW {
     /// Zero moments for the layout of `parameters`.
     pub fn new(parameters: &ParamSet, spec: &TrainSpec) -> Self {
+        Self::build(parameters, spec, parameters.flat().device())
+    }
+
+    fn build(parameters: &ParamSet, spec: &TrainSpec, moments_on: Device) -> Self {
         let device = parameters.flat().device();
         let runs = match spec.optimizer {
             Optimizer::AdamW => {
                 let len = parameters.flat().size()[0];
-                vec![Run::new(0, vec![Part { name: ALL.to_string(), offset: 0, len }], false, device)]
+                vec![Run::new(0, vec![Part { name: ALL.to_string(), offset: 0, len }], false, moments_on)]
             }
-            Optimizer::AdamW8bit => runs(parameters.slots(), device),
+            Optimizer::AdamW8bit => runs(parameters.slots(), moments_on),
         };
         Self {
             betas: spec.betas,
@@ -96,6 +101,33 @@ impl AdamW {
             partials: Tensor::zeros([GRAD_PARTIALS], (Kind::Double, device)),
             norm_squared: Tensor::zeros([1], (Kind::Double, device)),
         }
+    }
+
+    /// As [`new`](Self::new), with the moments in the host's memory, where a GPU's kernels reach them too.
+    ///
+    /// # Errors
+    /// When there is not enough of it.
+    pub fn with_moments_on_host(parameters: &ParamSet, spec: &TrainSpec) -> Result<Self> {
+        let mut adamw = Self::build(parameters, spec, Device::Cpu);
+        if !parameters.flat().device().is_cuda() {
+            return Ok(adamw);
+        }
+        let moved = |tensor: &mut Tensor| -> Result<()> {
+            let host = bridge::pinned(&tensor.size(), tensor.kind())?;
+            host.shallow_clone().f_copy_(tensor)?;
+            *tensor = host;
+            Ok(())
+        };
+        for moment in adamw.runs.iter_mut().flat_map(|run| &mut run.moments) {
+            match moment {
+                Moment::Wide(tensor) => moved(tensor)?,
+                Moment::Coded { codes, absmax } => {
+                    moved(codes)?;
+                    moved(absmax)?;
+                }
+            }
+        }
+        Ok(adamw)
     }
 
     /// One update of `parameters` by `gradients` (same layout), clipped to the recipe's norm; `step` counts from 1. `copy`
@@ -140,6 +172,10 @@ impl AdamW {
 
     /// The moments under names that [`restore`](Self::restore) knows.
     pub fn state(&self) -> NamedTensors {
+        // Moments on the host are written by kernels that may still be running.
+        if let Device::Cuda(index) = self.norm_squared.device() {
+            Cuda::synchronize(index as i64);
+        }
         self.tensors().collect()
     }
 

@@ -102,12 +102,19 @@ impl Plan {
         Ok(Self { recipe, base, dataset, train, validation, rows_hash, order, steps, rate, figures })
     }
 
+    /// Tokens of the largest batch, in training or in validation.
+    pub fn largest_microbatch(&self) -> i64 {
+        let largest = |rows: &[PackedRow]| rows.iter().map(PackedRow::tokens).max().unwrap_or(0) as i64;
+        let microbatch = largest(&self.train) * self.recipe.train.rows_per_microbatch as i64;
+        microbatch.max(largest(&self.validation))
+    }
+
     /// The choices that decide the numbers; two runs that agree in them are one run.
     pub fn identity(&self) -> Value {
         let mut train = json!(self.recipe.train);
         if let Some(fields) = train.as_object_mut() {
-            // When something is measured or saved changes no number of the training.
-            for free in ["eval_every", "save_every", "keep_last"] {
+            // When something is measured or saved, and what is computed again, changes no number of the training.
+            for free in ["eval_every", "save_every", "keep_last", "recompute"] {
                 fields.remove(free);
             }
         }
@@ -230,7 +237,7 @@ impl fmt::Display for Figures {
             (
                 "memory",
                 format!(
-                    "base {}, adapter {}, activations {} (f32 on the CPU; half of it on a GPU)",
+                    "base {}, adapter {}, activations {} (f32 on the CPU)",
                     gib(self.base_bytes),
                     gib(self.adapter_bytes),
                     gib(self.activation_bytes)

@@ -10,6 +10,7 @@ use serde_json::Value;
 use tch::{Device, Tensor};
 
 use super::interrupt::Interrupt;
+use super::memory;
 use super::optimizer::AdamW;
 use super::plan::Plan;
 use super::report;
@@ -23,6 +24,7 @@ use crate::model::batch::{Batch, Sequence};
 use crate::model::decoder::{Decoder, GradOptions, LoadOptions};
 use crate::model::params::ParamSet;
 use crate::progress;
+use crate::recipe::Recompute;
 
 /// How to run a plan.
 #[derive(Debug)]
@@ -35,6 +37,8 @@ pub struct RunOptions {
     pub resume: bool,
     /// Write a checkpoint after this step and end there.
     pub stop_after: Option<u64>,
+    /// Bytes of GPU memory to stay within; what is free when `None`.
+    pub gpu_memory: Option<i64>,
     /// Ends the run at the next step boundary when asked.
     pub interrupt: Interrupt,
 }
@@ -78,7 +82,11 @@ pub fn run(mut plan: Plan, options: &RunOptions) -> Result<Summary> {
     let mut decoder = Decoder::load(plan.base.tensors.as_ref(), &plan.base.config, &load)
         .with_context(|| format!("cannot load model `{}`", plan.base.path.display()))?;
     decoder.attach_lora(&plan.recipe.lora, plan.recipe.train.seed)?;
-    let mut training = Training::new(&plan, options, decoder)?;
+    let recompute = memory::choose(&plan, options.device, options.gpu_memory)?;
+    if options.device.is_cuda() {
+        decoder.prepare(plan.largest_microbatch(), recompute)?;
+    }
+    let mut training = Training::new(&plan, options, decoder, recompute)?;
     if let Some(state) = resumed {
         training.restore(state)?;
     }
@@ -138,6 +146,7 @@ struct Training<'a> {
     options: &'a RunOptions,
     decoder: Decoder,
     optimizer: AdamW,
+    recompute: Recompute,
     gradients: ParamSet,
     metrics: Option<JsonLines>,
     /// Steps taken.
@@ -150,11 +159,17 @@ struct Training<'a> {
 }
 
 impl<'a> Training<'a> {
-    fn new(plan: &'a Plan, options: &'a RunOptions, decoder: Decoder) -> Result<Self> {
+    fn new(plan: &'a Plan, options: &'a RunOptions, decoder: Decoder, recompute: Recompute) -> Result<Self> {
         let adapters = decoder.adapters().context("the decoder took no adapter")?;
+        let optimizer = if recompute.offloads() {
+            AdamW::with_moments_on_host(adapters, &plan.recipe.train)?
+        } else {
+            AdamW::new(adapters, &plan.recipe.train)
+        };
         let folder = options.folder.path().to_path_buf();
         Ok(Self {
-            optimizer: AdamW::new(adapters, &plan.recipe.train),
+            optimizer,
+            recompute,
             gradients: adapters.zeros_like(),
             plan,
             options,
@@ -219,11 +234,11 @@ impl<'a> Training<'a> {
         let tokens: i64 = batches.iter().map(Batch::tokens).sum();
         let sum = self.accumulate(&batches, supervised)?;
         let loss = sum / supervised.max(1) as f64;
+        self.check_finite(loss, 0.0)?;
         let lr = self.plan.rate.at(self.step);
         let adapters = self.decoder.adapters().context("the decoder took no adapter")?;
         let grad_norm = self.optimizer.step(adapters, &self.gradients, None, lr, self.step + 1)?.value();
         self.check_finite(loss, grad_norm)?;
-        self.decoder.adapters_changed();
         self.step += 1;
         self.epoch_loss = (self.epoch_loss.0 + sum, self.epoch_loss.1 + supervised);
         let seconds = begun.elapsed().as_secs_f64();
@@ -363,6 +378,7 @@ impl<'a> Training<'a> {
         }
         let Some(saved) = self.saved else { bail!("the training was ended before its first step") };
         report::write(&self.options.folder, &self.plan.recipe.name)?;
+        memory::tell_peak(self.plan, self.recompute, self.options.device)?;
         self.summary.steps = self.step;
         self.summary.finished = self.step == self.plan.steps;
         self.summary.checkpoint = self.options.folder.step(saved);

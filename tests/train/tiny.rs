@@ -62,6 +62,7 @@ impl Bench {
     pub fn run(&self, name: &str, settings: &[&str], how: How) -> anyhow::Result<Summary> {
         let recipe = self.recipe(settings);
         let options = RunOptions {
+            gpu_memory: None,
             folder: RunFolder::of(&recipe, Some(&self.path(name))),
             device: Device::Cpu,
             resume: how.resume,

@@ -2,6 +2,7 @@
 
 mod kernels;
 mod roofline;
+mod train;
 
 use anyhow::Result;
 
@@ -14,5 +15,6 @@ use crate::cli::{BenchArgs, BenchCommand};
 pub fn run(args: &BenchArgs) -> Result<()> {
     match &args.command {
         BenchCommand::Kernels(args) => kernels::run(args),
+        BenchCommand::Train(args) => train::run(args),
     }
 }
