@@ -6,7 +6,6 @@ use tch::{Device, Kind, Tensor};
 use super::batch::Batch;
 use super::config::ModelConfig;
 use super::fused::Fused;
-use super::fused::group::GroupName;
 use super::fused::plan::Sizes;
 use super::init;
 use super::kv_cache::KvCache;
@@ -144,31 +143,25 @@ impl Decoder {
     /// When one is attached already.
     pub fn attach_lora(&mut self, spec: &LoraSpec, seed: u64) -> Result<()> {
         ensure!(self.adapters.is_none(), "the decoder has an adapter already");
-        // A of all projections that share an input side by side, then their B: products take them as one.
-        let groups = (0..self.layers.len())
-            .flat_map(|layer| GroupName::ALL.map(|group| (layer, group.members())))
-            .map(|(layer, members)| (layer, members.iter().filter(|one| spec.targets.contains(one))));
-        let mut parameters = Vec::new();
-        let mut places = Vec::new();
-        for (layer, members) in groups {
-            let both: Vec<_> =
-                members.map(|one| (*one, self.lora_parameters(layer, *one, spec.rank))).collect();
-            let (first, count) = (parameters.len(), both.len());
-            places.extend(
-                both.iter().enumerate().map(|(at, (one, _))| (layer, *one, first + at, first + count + at)),
-            );
-            let (a, b): (Vec<_>, Vec<_>) = both.into_iter().map(|(_, [a, b])| (a, b)).unzip();
-            parameters.extend(a.into_iter().chain(b));
-        }
-        let params = ParamSet::zeros(parameters, self.device);
+        let targets: Vec<(usize, Projection)> = (0..self.layers.len())
+            .flat_map(|layer| Projection::ALL.map(|projection| (layer, projection)))
+            .filter(|(_, projection)| spec.targets.contains(projection))
+            .collect();
+        let params = ParamSet::zeros(
+            targets
+                .iter()
+                .flat_map(|(layer, projection)| self.lora_parameters(*layer, *projection, spec.rank)),
+            self.device,
+        );
+        // Each A, followed by its B.
+        (0..targets.len()).for_each(|index| initialise(&params, 2 * index, seed));
         let copies = params.flat().to_kind(self.kind());
-        for (layer, projection, a_slot, b_slot) in places {
-            initialise(&params, a_slot, seed);
-            let adapter = Adapter::new(&params, &copies, (a_slot, b_slot), spec.scale(), spec.dropout);
+        for (index, (layer, projection)) in targets.into_iter().enumerate() {
+            let slots = (2 * index, 2 * index + 1);
+            let adapter = Adapter::new(&params, &copies, slots, spec.scale(), spec.dropout);
             self.projection_mut(layer, projection).adapter = Some(adapter);
         }
         self.adapters = Some(Adapters { spec: spec.clone(), params, copies });
-        self.adapters_changed();
         Ok(())
     }
 

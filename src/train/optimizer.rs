@@ -130,18 +130,17 @@ impl AdamW {
         Ok(adamw)
     }
 
-    /// One update of `parameters` by `gradients` (same layout), clipped to the recipe's norm; `step` counts from 1. `copy`
-    /// (flat, bf16) takes the rounded parameters. Gradients that are not finite change nothing, and their norm shows it.
+    /// One update of `parameters` by `gradients` (same layout), clipped to the recipe's norm; `step` counts from 1.
+    /// Gradients that are not finite change nothing, and their norm shows it.
     ///
     /// On a GPU the update is queued and nothing is read back.
     ///
     /// # Errors
-    /// When `copy` is of another layout, or the driver fails.
+    /// When the driver fails.
     pub fn step(
         &mut self,
         parameters: &ParamSet,
         gradients: &ParamSet,
-        copy: Option<&Tensor>,
         lr: f64,
         step: u64,
     ) -> Result<GradNorm> {
@@ -149,7 +148,7 @@ impl AdamW {
             norm_squared(gradients.flat(), &self.partials, &self.norm_squared)?;
             let step = self.settings(lr, step);
             for run in &self.runs {
-                run.update(parameters.flat(), copy, gradients.flat(), &self.norm_squared, &step)?;
+                run.update(parameters.flat(), gradients.flat(), &self.norm_squared, &step)?;
             }
             Ok(GradNorm(self.norm_squared.shallow_clone()))
         })
@@ -252,28 +251,21 @@ impl Run {
     }
 
     /// Whole on a GPU; part by part on the CPU, where tensor operations make copies of what they work on.
-    fn update(
-        &self,
-        p: &Tensor,
-        copy: Option<&Tensor>,
-        g: &Tensor,
-        norm_squared: &Tensor,
-        step: &AdamWStep,
-    ) -> Result<()> {
+    fn update(&self, p: &Tensor, g: &Tensor, norm_squared: &Tensor, step: &AdamWStep) -> Result<()> {
         let whole = [Part { name: String::new(), offset: 0, len: self.len }];
         for part in if p.device().is_cuda() { &whole } else { self.parts.as_slice() } {
             let within = |flat: &Tensor| flat.f_narrow(0, self.offset + part.offset, part.len);
-            let (p, g, copy) = (within(p)?, within(g)?, copy.map(within).transpose()?);
+            let (p, g) = (within(p)?, within(g)?);
             let moments = [self.moments[0].narrow(part), self.moments[1].narrow(part)];
             match &moments {
                 [
                     Moment::Coded { codes: m, absmax: m_absmax },
                     Moment::Coded { codes: v, absmax: v_absmax },
                 ] => {
-                    adamw_8bit(&p, copy.as_ref(), &g, (m, m_absmax), (v, v_absmax), norm_squared, step)?;
+                    adamw_8bit(&p, None, &g, (m, m_absmax), (v, v_absmax), norm_squared, step)?;
                 }
                 [Moment::Wide(m), Moment::Wide(v)] => {
-                    adamw_32bit(&p, copy.as_ref(), &g, m, v, norm_squared, step)?;
+                    adamw_32bit(&p, None, &g, m, v, norm_squared, step)?;
                 }
                 _ => unreachable!("both moments of a run have one form"),
             }

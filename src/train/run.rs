@@ -237,8 +237,9 @@ impl<'a> Training<'a> {
         self.check_finite(loss, 0.0)?;
         let lr = self.plan.rate.at(self.step);
         let adapters = self.decoder.adapters().context("the decoder took no adapter")?;
-        let grad_norm = self.optimizer.step(adapters, &self.gradients, None, lr, self.step + 1)?.value();
+        let grad_norm = self.optimizer.step(adapters, &self.gradients, lr, self.step + 1)?.value();
         self.check_finite(loss, grad_norm)?;
+        self.decoder.adapters_changed();
         self.step += 1;
         self.epoch_loss = (self.epoch_loss.0 + sum, self.epoch_loss.1 + supervised);
         let seconds = begun.elapsed().as_secs_f64();

@@ -51,7 +51,7 @@ fn stepped(fixture: &NamedTensors, optimizer: Optimizer, through_a_file: bool) -
             adamw.restore(&tensor_file::read(file.path()).unwrap()).unwrap();
         }
         let gradients = gather(fixture, &format!("gradient.{step}"));
-        adamw.step(&parameters, &gradients, None, rate, step as u64 + 1).unwrap();
+        adamw.step(&parameters, &gradients, rate, step as u64 + 1).unwrap();
     }
     (adamw, parameters)
 }
@@ -162,7 +162,7 @@ fn clipping_is_that_of_torch() {
         let parameters = gather(&fixture, "initial");
         let spec = TrainSpec { max_grad_norm, ..spec(Optimizer::AdamW) };
         let mut adamw = AdamW::new(&parameters, &spec);
-        let norm = adamw.step(&parameters, gradients, None, 1e-3, 1).unwrap().value();
+        let norm = adamw.step(&parameters, gradients, 1e-3, 1).unwrap().value();
         (norm, adamw.state().remove("all.moment1").unwrap())
     };
     for (max_norm, factor) in

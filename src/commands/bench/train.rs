@@ -141,7 +141,8 @@ impl Bench {
         self.mark("losses to the host")?;
         let adapters = self.decoder.adapters().context("the decoder took no adapter")?;
         self.step += 1;
-        self.optimizer.step(adapters, &self.gradients, None, 2e-4, self.step)?;
+        self.optimizer.step(adapters, &self.gradients, 2e-4, self.step)?;
+        self.decoder.adapters_changed();
         self.mark("optimiser")?;
         Ok(loss)
     }
