@@ -1,5 +1,5 @@
 // Arguments of the attention kernels of sm_90a: operands that TMA loads come as tensor maps, over [tokens, heads, head_dim]
-// in boxes of 64 columns, one head and a tile's rows, swizzled by 128 bytes. The rest is as in attention.cuh.
+// in boxes of 64 columns, one head and a tile's rows, swizzled by 128 bytes. A map is aligned to 128 bytes, and so are the arguments. The rest is as in attention.cuh.
 #pragma once
 #include <cuda.h>
 
@@ -7,7 +7,7 @@
 
 namespace granite::attention {
 
-struct alignas(64) HopperForwardParams {
+struct HopperForwardParams {
   CUtensorMap q;  // boxes of 64 rows
   CUtensorMap k;  // boxes of 128 rows
   CUtensorMap v;  // boxes of 128 rows
@@ -21,10 +21,11 @@ struct alignas(64) HopperForwardParams {
   uint32_t heads;
   uint32_t kv_heads;
   float scale;
+  uint64_t reserved[8];
 };
-static_assert(sizeof(HopperForwardParams) == 448, "src/kernels/attention/gpu.rs asserts the same size");
+static_assert(sizeof(HopperForwardParams) == 512, "src/kernels/attention/gpu.rs asserts the same size");
 
-struct alignas(64) HopperBackwardParams {
+struct HopperBackwardParams {
   CUtensorMap q;    // boxes of 64 rows
   CUtensorMap k;    // boxes of 128 rows
   CUtensorMap v;    // boxes of 128 rows
