@@ -292,10 +292,10 @@ __device__ __forceinline__ void forward(const HopperForwardParams& p) {
   }
   __syncthreads();
   if (threadIdx.x < kWarpgroup) {
-    registers_down<24>();
+    registers_down<40>();
     if (threadIdx.x == 0) load<kHeadDim>(p, shared);
   } else {
-    registers_up<240>();
+    registers_up<232>();
     compute<kHeadDim>(p, shared);
   }
 }
