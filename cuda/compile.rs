@@ -1,8 +1,8 @@
 //! From `cuda/*.cu` to a table of embedded images: part of the build script, tested by `tests/kernels`.
 //!
-//! Every source is compiled to a cubin for each architecture of [`CUBINS`] and to PTX for what comes later. Results are
-//! cached by the hash of all that decides them, so a second build, or another checkout, compiles nothing. NOTES.md tells
-//! the rest.
+//! Every source is compiled to a cubin for each architecture of [`CUBINS`] and to PTX for what comes later, or for the
+//! targets that it names. Results are cached by the hash of all that decides them, so a second build, or another checkout,
+//! compiles nothing. NOTES.md tells the rest.
 
 use std::fmt::Write as _;
 use std::fs;
@@ -21,6 +21,9 @@ pub const PTX: &str = "compute_90";
 
 /// A source in which this stands at the beginning of a line, followed by the reason, may spill registers.
 pub const SPILLS_ALLOWED: &str = "// spills allowed: ";
+
+/// A source in which this stands at the beginning of a line, followed by targets, is compiled for these alone.
+pub const TARGETS: &str = "// targets: ";
 
 const FLAGS: [&str; 6] = ["-O3", "-std=c++17", "-Werror", "all-warnings", "-Xptxas", "-v"];
 
@@ -100,6 +103,7 @@ struct Source {
     family: String,
     path: PathBuf,
     text: String,
+    targets: Vec<&'static str>,
 }
 
 /// What a job left.
@@ -131,7 +135,7 @@ fn compile_all(nvcc: &Nvcc, out: &Path) -> Result<String, String> {
     let includes = includes()?;
     let jobs: Vec<Job<'_>> = sources
         .iter()
-        .flat_map(|source| CUBINS.into_iter().chain([PTX]).map(move |target| Job { source, target }))
+        .flat_map(|source| source.targets.iter().map(move |target| Job { source, target }))
         .collect();
     let next = AtomicUsize::new(0);
     let worker = || -> Result<Vec<(usize, Image)>, String> {
@@ -169,7 +173,8 @@ fn sources() -> Result<Vec<Source>, String> {
         println!("cargo:rerun-if-changed={}", path.display());
         let family = path.file_stem().unwrap_or_default().to_string_lossy().into_owned();
         let text = read(&path)?;
-        sources.push(Source { family, path, text });
+        let targets = targets(&text).map_err(|error| format!("{}: {error}", path.display()))?;
+        sources.push(Source { family, path, text, targets });
     }
     Ok(sources)
 }
@@ -326,6 +331,21 @@ pub fn spills_allowed(source: &str) -> bool {
         .any(|line| line.strip_prefix(SPILLS_ALLOWED).is_some_and(|reason| !reason.trim().is_empty()))
 }
 
+/// What a source is compiled for: the targets that it names, each known, or all.
+pub fn targets(source: &str) -> Result<Vec<&'static str>, String> {
+    let all = || CUBINS.into_iter().chain([PTX]);
+    let Some(named) = source.lines().find_map(|line| line.strip_prefix(TARGETS)) else {
+        return Ok(all().collect());
+    };
+    let known = |name: &str| {
+        all().find(|target| *target == name).ok_or_else(|| {
+            format!("`{name}` is no target, there are {}", all().collect::<Vec<_>>().join(" "))
+        })
+    };
+    let found = named.split_whitespace().map(known).collect::<Result<Vec<_>, _>>()?;
+    if found.is_empty() { Err(format!("no target follows `{TARGETS}`")) } else { Ok(found) }
+}
+
 /// The generated source that src/kernels/images.rs includes.
 fn table(nvcc: Option<&str>, images: &[Image]) -> String {
     let mut text = format!(
@@ -333,7 +353,7 @@ fn table(nvcc: Option<&str>, images: &[Image]) -> String {
     );
     let _ = write!(
         text,
-        "\n/// Every source for every target.\npub static IMAGES: [Image; {}] = [\n",
+        "\n/// Every source for every target that it is compiled for.\npub static IMAGES: [Image; {}] = [\n",
         images.len()
     );
     for image in images {

@@ -8,7 +8,7 @@ use tch::{Cuda, Device};
 use thiserror::Error;
 
 use super::driver::{self, NoGpu};
-use super::images::{Capability, IMAGES, families, fitting};
+use super::images::{Capability, IMAGES, fitting, portable_families};
 use crate::error::HintExt as _;
 use crate::progress;
 
@@ -124,12 +124,12 @@ fn open_cuda() -> Result<(), CudaError> {
     Ok(())
 }
 
-/// Whether the program carries each of its kernels for such a GPU.
+/// Whether the program carries each of its kernels for such a GPU, but for those of one architecture alone.
 fn runs_kernels(name: &str, capability: Capability) -> Result<(), CudaError> {
     if IMAGES.is_empty() {
         return Err(CudaError::NoKernels);
     }
-    if families().into_iter().any(|family| fitting(&IMAGES, family, capability).is_none()) {
+    if portable_families().into_iter().any(|family| fitting(&IMAGES, family, capability).is_none()) {
         return Err(CudaError::Unsupported { name: name.to_string(), capability });
     }
     Ok(())
@@ -176,6 +176,7 @@ mod tests {
             return;
         }
         assert!(runs_kernels("NVIDIA H100", (9, 0)).is_ok());
+        assert!(runs_kernels("NVIDIA A100", (8, 0)).is_ok() && runs_kernels("RTX 5090", (12, 0)).is_ok());
         let error = runs_kernels("Tesla T4", (7, 5)).expect_err("no kernel is compiled for it").to_string();
         assert_eq!(error, "`Tesla T4` has compute capability 7.5, the kernels need 8.0 or newer");
     }

@@ -118,6 +118,11 @@ impl Gpu {
         Ok(u32::try_from(self.context.attribute(limit).map_err(driver_error)?)?)
     }
 
+    /// Whether the program carries `cuda/<family>.cu` for this GPU.
+    pub fn has(&self, family: &str) -> bool {
+        fitting(&IMAGES, family, self.capability).is_some()
+    }
+
     /// The kernel `name` of `cuda/<family>.cu`, loaded at its first use.
     ///
     /// # Errors

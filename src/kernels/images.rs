@@ -72,25 +72,48 @@ pub fn families() -> Vec<&'static str> {
     families
 }
 
-/// Kernels × architectures: `2 kernels × 4 architectures (sm_80 sm_86 sm_89 sm_90a) and PTX for compute_90: …`.
+/// Families for every GPU that the program supports. The others are for one architecture alone, and what they compute
+/// one of these computes too.
+pub fn portable_families() -> Vec<&'static str> {
+    families().into_iter().filter(|family| is_portable(&IMAGES, family)).collect()
+}
+
+fn is_portable(images: &[Image], family: &str) -> bool {
+    images.iter().any(|image| image.family == family && image.target.starts_with("compute_"))
+}
+
+/// Kernels × architectures: `2 kernels × 4 architectures (sm_80 sm_86 sm_89 sm_90a) and PTX for compute_90: …`, and those
+/// that are for some of these alone.
 pub fn inventory() -> String {
-    let mut kernels: Vec<&str> =
-        IMAGES.iter().flat_map(|image| image.kernels).map(|kernel| kernel.name).collect();
-    let mut targets: Vec<&str> = IMAGES.iter().map(|image| image.target).collect();
-    for names in [&mut kernels, &mut targets] {
-        names.sort_unstable();
-        names.dedup();
-    }
+    let [kernels, special] = [true, false].map(|portable| {
+        sorted(IMAGES.iter().filter(|image| is_portable(&IMAGES, image.family) == portable).flat_map(|image| {
+            image.kernels.iter().map(move |kernel| (kernel.name, image.target))
+        }))
+    });
+    let names = |of: &[(&'static str, &'static str)]| sorted(of.iter().map(|(kernel, _)| *kernel));
+    let targets = sorted(IMAGES.iter().map(|image| image.target));
     let (ptx, architectures): (Vec<&str>, Vec<&str>) =
         targets.iter().partition(|target| target.starts_with("compute_"));
-    format!(
+    let mut text = format!(
         "{} kernels × {} architectures ({}) and PTX for {}: {}",
-        kernels.len(),
+        names(&kernels).len(),
         architectures.len(),
         architectures.join(" "),
         ptx.join(" "),
-        kernels.join(" ")
-    )
+        names(&kernels).join(" ")
+    );
+    if !special.is_empty() {
+        let only = sorted(special.iter().map(|(_, target)| *target)).join(" ");
+        text += &format!("; for {only} alone: {}", names(&special).join(" "));
+    }
+    text
+}
+
+fn sorted<T: Ord>(items: impl Iterator<Item = T>) -> Vec<T> {
+    let mut items: Vec<T> = items.collect();
+    items.sort_unstable();
+    items.dedup();
+    items
 }
 
 #[cfg(test)]
@@ -119,5 +142,19 @@ mod tests {
         assert_eq!(chosen((10, 0)), Some("compute_90"));
         assert_eq!(chosen((12, 1)), Some("compute_90"));
         assert!(fitting(&ALL, "y", (9, 0)).is_none());
+    }
+
+    #[test]
+    fn a_family_of_one_architecture_is_not_for_every_gpu() {
+        static SOME: [Image; 2] =
+            [image("compute_90"), Image { family: "hopper", target: "sm_90a", bytes: &[], kernels: &[] }];
+        assert!(is_portable(&SOME, "x") && !is_portable(&SOME, "hopper"));
+        assert!(fitting(&SOME, "hopper", (9, 0)).is_some());
+        assert!(fitting(&SOME, "hopper", (10, 0)).is_none() && fitting(&SOME, "hopper", (8, 0)).is_none());
+        for family in portable_families() {
+            for gpu in [(8, 0), (8, 6), (8, 9), (9, 0), (12, 0)] {
+                assert!(fitting(&IMAGES, family, gpu).is_some(), "`{family}` for {gpu:?}");
+            }
+        }
     }
 }

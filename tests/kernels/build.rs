@@ -12,7 +12,7 @@ use std::collections::BTreeSet;
 use std::io::Write as _;
 use std::path::Path;
 
-use compile::{CUBINS, PTX, Resources, SPILLS_ALLOWED, parse_resources, spills_allowed};
+use compile::{CUBINS, PTX, Resources, SPILLS_ALLOWED, TARGETS, parse_resources, spills_allowed, targets};
 use granite::kernels::images::{IMAGES, NVCC, inventory};
 
 use crate::skipped;
@@ -46,6 +46,17 @@ fn spilling_is_allowed_only_with_a_reason() {
     assert!(!spills_allowed("int x;"));
 }
 
+#[test]
+fn a_source_names_its_targets_or_has_all() {
+    let all: Vec<&str> = CUBINS.into_iter().chain([PTX]).collect();
+    assert_eq!(targets("// a kernel\nint x;").expect("all"), all);
+    assert_eq!(targets(&format!("// a kernel\n{TARGETS}sm_90a\n")).expect("one"), ["sm_90a"]);
+    assert_eq!(targets(&format!("{TARGETS}sm_80 compute_90")).expect("two"), ["sm_80", PTX]);
+    let unknown = targets(&format!("{TARGETS}sm_70")).expect_err("no such target");
+    assert_eq!(unknown, "`sm_70` is no target, there are sm_80 sm_86 sm_89 sm_90a compute_90");
+    assert!(targets(TARGETS).is_err(), "none named");
+}
+
 /// Whether there are kernels to look at.
 fn compiled() -> bool {
     if NVCC.is_none() {
@@ -56,7 +67,7 @@ fn compiled() -> bool {
 }
 
 #[test]
-fn every_source_is_embedded_for_every_target() {
+fn every_source_is_embedded_for_its_targets() {
     if !compiled() {
         return;
     }
@@ -69,7 +80,8 @@ fn every_source_is_embedded_for_every_target() {
     let expected: BTreeSet<(String, &str)> = sources
         .flat_map(|path| {
             let family = path.file_stem().expect("a name").to_string_lossy().into_owned();
-            CUBINS.into_iter().chain([PTX]).map(move |target| (family.clone(), target))
+            let targets = targets(&std::fs::read_to_string(&path).expect("text")).expect("known targets");
+            targets.into_iter().map(move |target| (family.clone(), target))
         })
         .collect();
     let embedded: BTreeSet<(String, &str)> =
