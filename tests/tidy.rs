@@ -496,13 +496,15 @@ fn no_path_of_one_machine() {
 
 // --- kernels, recipes, scripts ---
 
-/// Every kernel file has its launcher and twin in a file of the same name, and a test under tests/kernels that names it.
+/// Every kernel file has its launcher and twin in a file of the same name, or of its first word where several kernels share
+/// them (`attention` of `attention_forward`), and a test under tests/kernels that names it.
 fn kernels_without_twin(files: &BTreeMap<&str, &str>) -> Vec<String> {
     let stems = files.keys().filter_map(|path| path.strip_prefix("cuda/")?.strip_suffix(".cu"));
     let mut complaints = Vec::new();
     for stem in stems.filter(|stem| !stem.contains('/')) {
-        if !files.contains_key(format!("src/kernels/{stem}.rs").as_str()) {
-            complaints.push(format!("cuda/{stem}.cu has no src/kernels/{stem}.rs"));
+        let shared = stem.split('_').next().unwrap_or(stem);
+        if ![stem, shared].iter().any(|name| files.contains_key(format!("src/kernels/{name}.rs").as_str())) {
+            complaints.push(format!("cuda/{stem}.cu has neither src/kernels/{stem}.rs nor {shared}.rs"));
         }
         let mut tests = files.iter().filter(|(path, _)| path.starts_with("tests/kernels/"));
         if !tests.any(|(_, text)| !word_starts(text, stem).is_empty()) {
@@ -523,6 +525,9 @@ fn every_kernel_has_a_twin_and_a_test() {
     assert_eq!(complaints(&[kernel, ("cuda/shim/x.cu", "")]).len(), 2);
     assert_eq!(complaints(&[kernel, twin, ("tests/kernels/gpu.rs", "rope nf42")]).len(), 1);
     assert_eq!(complaints(&[kernel, twin, ("tests/kernels/gpu.rs", "use nf4::f;")]).len(), 0);
+    let (part, test) = (("cuda/nf4_pack.cu", ""), ("tests/kernels/gpu.rs", "nf4_pack"));
+    assert_eq!(complaints(&[part, twin, test]).len(), 0);
+    assert_eq!(complaints(&[("cuda/nf_pack.cu", ""), twin, ("tests/kernels/gpu.rs", "nf_pack")]).len(), 1);
 }
 
 fn broken_recipe(path: &str, text: &str) -> Vec<String> {

@@ -118,6 +118,14 @@ impl Gpu {
         Ok(u32::try_from(self.context.attribute(limit).map_err(driver_error)?)?)
     }
 
+    /// Makes the GPU's context the calling thread's, as the driver's own calls need it.
+    ///
+    /// # Errors
+    /// When the driver fails.
+    pub(super) fn bind(&self) -> Result<()> {
+        self.context.bind_to_thread().map_err(driver_error)
+    }
+
     /// Whether the program carries `cuda/<family>.cu` for this GPU.
     pub fn has(&self, family: &str) -> bool {
         fitting(&IMAGES, family, self.capability).is_some()
@@ -132,7 +140,7 @@ impl Gpu {
         if let Some(kernel) = loaded.kernels.get(name) {
             return Ok(*kernel);
         }
-        self.context.bind_to_thread().map_err(driver_error)?;
+        self.bind()?;
         let module = match loaded.modules.get(family) {
             Some(module) => *module,
             None => self.load(family)?,
@@ -174,7 +182,7 @@ impl Gpu {
         shape: LaunchConfig,
         params: &P,
     ) -> Result<()> {
-        self.context.bind_to_thread().map_err(driver_error)?;
+        self.bind()?;
         let LaunchConfig { grid_dim, block_dim, shared_mem_bytes } = shape;
         if shared_mem_bytes > SHARED_WITHOUT_ASKING {
             allow_shared_memory(kernel, shared_mem_bytes)?;

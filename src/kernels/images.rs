@@ -86,9 +86,12 @@ fn is_portable(images: &[Image], family: &str) -> bool {
 /// that are for some of these alone.
 pub fn inventory() -> String {
     let [kernels, special] = [true, false].map(|portable| {
-        sorted(IMAGES.iter().filter(|image| is_portable(&IMAGES, image.family) == portable).flat_map(|image| {
-            image.kernels.iter().map(move |kernel| (kernel.name, image.target))
-        }))
+        sorted(
+            IMAGES
+                .iter()
+                .filter(|image| is_portable(&IMAGES, image.family) == portable)
+                .flat_map(|image| image.kernels.iter().map(move |kernel| (kernel.name, image.target))),
+        )
     });
     let names = |of: &[(&'static str, &'static str)]| sorted(of.iter().map(|(kernel, _)| *kernel));
     let targets = sorted(IMAGES.iter().map(|image| image.target));
