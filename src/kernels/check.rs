@@ -5,6 +5,7 @@
 //! A kernel that can be exact must equal its twin bit for bit (`exact`), others keep to a tolerance (`tolerance`).
 
 mod adamw;
+mod attention;
 mod bandwidth;
 mod bitsandbytes;
 mod cross_entropy;
@@ -93,6 +94,7 @@ pub fn all(device: Device, seed: i64, library: Option<&CudaLibrary>) -> Vec<Chec
     checks.extend(rms_norm::checks(device));
     checks.extend(rope::checks(device));
     checks.extend(swiglu::checks(device));
+    checks.extend(attention::checks(device));
     checks.extend(cross_entropy::checks(device));
     checks.extend(nf4::checks(device));
     checks.extend(adamw::checks(device));

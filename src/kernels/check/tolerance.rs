@@ -13,7 +13,7 @@ use super::exact::integer_of;
 pub(super) const GUARD: i64 = 64;
 
 /// Relative noise of a sum or product of a few dozen steps in f32.
-const F32_NOISE: f64 = 1.0 / (1 << 20) as f64;
+pub(super) const F32_NOISE: f64 = 1.0 / (1 << 20) as f64;
 
 /// Where the rows of an operand lie.
 #[derive(Debug, Clone, Copy)]
