@@ -1,4 +1,5 @@
-//! Attention on a GPU by libtorch's best: cuDNN where all sequences are equally long, else FlashAttention-2, packed.
+//! Attention on a GPU by libtorch's best, for heads that our kernels do not take: cuDNN where all sequences are equally long,
+//! else FlashAttention-2, packed. The benchmark measures ours against it.
 //!
 //! What it computes is told in [`super::attention`], whose functions are the twins, and the CPU path.
 

@@ -6,7 +6,7 @@ use tch::{Device, Kind, Tensor};
 use super::batch::Batch;
 use super::config::ModelConfig;
 use super::fused::Fused;
-use super::fused::plan::Sizes;
+use super::fused::plan::{Limits, Sizes};
 use super::init;
 use super::kv_cache::KvCache;
 use super::layer::{DecoderLayer, LayerSaved, PassContext};
@@ -189,19 +189,19 @@ impl Decoder {
         }
     }
 
-    /// Takes the memory for training on a GPU in micro-batches of at most `tokens`, once; training then runs through our
+    /// Takes the memory for training on a GPU in micro-batches within `limits`, once; training then runs through our
     /// kernels. Meant for a GPU; on the CPU it is for tests.
     ///
     /// # Errors
     /// When no adapter is attached, or the memory does not suffice.
-    pub fn prepare(&mut self, tokens: i64, recompute: Recompute) -> Result<()> {
+    pub fn prepare(&mut self, limits: Limits, recompute: Recompute) -> Result<()> {
         let adapters = self.adapters.as_mut().context("no adapter is attached: there is nothing to train")?;
         // The passes take the parameters themselves.
         adapters.copies = adapters.params.flat().shallow_clone();
         for adapter in self.layers.iter_mut().flat_map(DecoderLayer::adapters_mut) {
             adapter.take_copies(&adapters.params, &adapters.copies);
         }
-        let sizes = Sizes::new(&self.config, &adapters.spec, tokens, recompute);
+        let sizes = Sizes::new(&self.config, &adapters.spec, limits, recompute);
         self.fused = Some(Fused::new(sizes, self.kind(), self.device)?);
         Ok(())
     }

@@ -14,6 +14,7 @@ use crate::data::store::{Dataset, PackedRow, Split};
 use crate::data::tokenizer::ChatTokenizer;
 use crate::error::user_error;
 use crate::model::config::ModelConfig;
+use crate::model::fused::plan::Limits;
 use crate::recipe::{Quantization, Recipe};
 
 /// What a training will do.
@@ -102,11 +103,14 @@ impl Plan {
         Ok(Self { recipe, base, dataset, train, validation, rows_hash, order, steps, rate, figures })
     }
 
-    /// Tokens of the largest batch, in training or in validation.
-    pub fn largest_microbatch(&self) -> i64 {
-        let largest = |rows: &[PackedRow]| rows.iter().map(PackedRow::tokens).max().unwrap_or(0) as i64;
-        let microbatch = largest(&self.train) * self.recipe.train.rows_per_microbatch as i64;
-        microbatch.max(largest(&self.validation))
+    /// The largest batch, in training or in validation.
+    pub fn largest_microbatch(&self) -> Limits {
+        let most = |of: fn(&PackedRow) -> usize| {
+            let largest = |rows: &[PackedRow]| rows.iter().map(of).max().unwrap_or(0) as i64;
+            let microbatch = largest(&self.train) * self.recipe.train.rows_per_microbatch as i64;
+            microbatch.max(largest(&self.validation))
+        };
+        Limits { tokens: most(PackedRow::tokens), sequences: most(|row| row.sequences.len()) }
     }
 
     /// The choices that decide the numbers; two runs that agree in them are one run.

@@ -19,7 +19,7 @@ use crate::kernels::gpu::Gpu;
 use crate::model::batch::{Batch, Sequence};
 use crate::model::config::ModelConfig;
 use crate::model::decoder::{Decoder, GradOptions, LoadOptions};
-use crate::model::fused::plan::{MemoryPlan, Sizes};
+use crate::model::fused::plan::{Limits, MemoryPlan, Sizes};
 use crate::model::random::RandomWeights;
 use crate::progress;
 use crate::recipe::{LoraSpec, Optimizer, Quantization, TrainSpec};
@@ -63,12 +63,13 @@ pub fn run(args: &BenchTrainArgs) -> Result<()> {
     let device = device::open(DeviceChoice::Cuda)?;
     let config = config(args)?;
     let lora = LoraSpec { rank: args.rank, alpha: 128.0, dropout: args.dropout, ..LoraSpec::default() };
-    let tokens = (args.rows * args.length) as i64;
-    let sizes = Sizes::new(&config, &lora, tokens, args.recompute);
+    let batches = batches(&config, args, device)?;
+    let limits = limits(args, &batches);
+    let sizes = Sizes::new(&config, &lora, limits, args.recompute);
     let plan = MemoryPlan::new(&sizes, Quantization::Nf4, Optimizer::AdamW8bit);
     progress::note(plan.to_string().trim_end());
     bridge::reset_peak(device)?;
-    let mut bench = Bench::new(&config, &lora, args, device)?;
+    let mut bench = Bench::new(&config, &lora, args, batches, device)?;
     let figures = bench.measure(args, &config, &lora, &plan, device)?;
     let text = if args.json { serde_json::to_string(&figures)? } else { told(&figures) };
     writeln!(std::io::stdout(), "{text}")?;
@@ -108,13 +109,19 @@ struct Bench {
 }
 
 impl Bench {
-    fn new(config: &ModelConfig, lora: &LoraSpec, args: &BenchTrainArgs, device: Device) -> Result<Self> {
+    fn new(
+        config: &ModelConfig,
+        lora: &LoraSpec,
+        args: &BenchTrainArgs,
+        batches: Vec<Batch>,
+        device: Device,
+    ) -> Result<Self> {
         tch::manual_seed(3);
         let source = RandomWeights::new(config, device);
         let load = LoadOptions { quantization: Quantization::Nf4, device };
         let mut decoder = Decoder::load(&source, config, &load)?;
         decoder.attach_lora(lora, 3)?;
-        decoder.prepare((args.rows * args.length) as i64, args.recompute)?;
+        decoder.prepare(limits(args, &batches), args.recompute)?;
         let adapters = decoder.adapters().context("the decoder took no adapter")?;
         let spec = TrainSpec { max_grad_norm: 1.0, ..TrainSpec::default() };
         let optimizer = if args.recompute.offloads() {
@@ -122,13 +129,7 @@ impl Bench {
         } else {
             AdamW::new(adapters, &spec)
         };
-        Ok(Self {
-            optimizer,
-            gradients: adapters.zeros_like(),
-            batches: batches(config, args, device)?,
-            decoder,
-            step: 0,
-        })
+        Ok(Self { optimizer, gradients: adapters.zeros_like(), batches, decoder, step: 0 })
     }
 
     /// One optimiser step; its loss.
@@ -225,6 +226,12 @@ impl Bench {
     }
 }
 
+/// As many tokens as are asked for, and as many sequences as there are.
+fn limits(args: &BenchTrainArgs, batches: &[Batch]) -> Limits {
+    let sequences = batches.iter().map(|batch| batch.sources.len()).max().unwrap_or(0) as i64;
+    Limits { tokens: (args.rows * args.length) as i64, sequences }
+}
+
 /// Micro-batches of a dataset's rows, or one of random ids.
 fn batches(config: &ModelConfig, args: &BenchTrainArgs, device: Device) -> Result<Vec<Batch>> {
     let Some(folder) = &args.dataset else { return Ok(vec![random_batch(config, args, device)]) };
@@ -288,7 +295,8 @@ fn needed_flops(config: &ModelConfig, lora: &LoraSpec, args: &BenchTrainArgs) ->
         .sum::<f64>()
         * layers
         + (config.vocab_size * config.hidden_size) as f64;
-    let adapters = Sizes::new(config, lora, 1, args.recompute).trainable() as f64;
+    let adapters =
+        Sizes::new(config, lora, Limits { tokens: 1, sequences: 1 }, args.recompute).trainable() as f64;
     let attention =
         3.5 * 2.0 * (config.num_attention_heads * config.head_dim) as f64 * args.length as f64 * layers;
     tokens * (4.0 * linear + 6.0 * adapters + attention)

@@ -50,10 +50,14 @@ impl AttentionKernel {
     pub fn ours(device: Device, head_dim: i64) -> Result<Vec<Self>> {
         let Device::Cuda(index) = device else { return Ok(Vec::new()) };
         let gpu = Gpu::at(index)?;
-        let runs = |kernel: &Self| {
-            HEAD_DIMS.contains(&head_dim) && kernel.families().iter().all(|family| gpu.has(family))
-        };
+        let runs =
+            |kernel: &Self| Self::takes(head_dim) && kernel.families().iter().all(|family| gpu.has(family));
         Ok([Self::Hopper, Self::Portable].into_iter().filter(runs).collect())
+    }
+
+    /// Whether our kernels take heads of this size.
+    pub fn takes(head_dim: i64) -> bool {
+        HEAD_DIMS.contains(&head_dim)
     }
 
     /// Forward, backward, and what is around the backward pass.

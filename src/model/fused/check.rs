@@ -15,6 +15,7 @@ use crate::kernels::nf4::Nf4Weight;
 use crate::model::batch::{Batch, Sequence};
 use crate::model::config::ModelConfig;
 use crate::model::decoder::{Decoder, GradOptions, LoadOptions, Loss};
+use crate::model::fused::plan::Limits;
 use crate::model::params::ParamSet;
 use crate::model::random::RandomWeights;
 use crate::model::weights::TensorSource;
@@ -43,7 +44,7 @@ pub fn against_twins(device: Device) -> Result<usize> {
     Ok(compared)
 }
 
-fn cases() -> [Case; 4] {
+fn cases() -> [Case; 5] {
     let lora = |rank, dropout, targets: &[Projection]| LoraSpec {
         rank,
         alpha: 16.0,
@@ -64,6 +65,12 @@ fn cases() -> [Case; 4] {
             lora: lora(16, 0.0, &Projection::ALL),
             lengths: &[128, 128, 128],
             head_dim: 128,
+        },
+        Case {
+            name: "heads that libtorch takes",
+            lora: lora(8, 0.0, &Projection::ALL),
+            lengths: &[1, 33, 130],
+            head_dim: 32,
         },
         Case { name: "dropout", lora: lora(8, 0.1, &Projection::ALL), lengths: &[65, 300, 2], head_dim: 64 },
         Case {
@@ -136,8 +143,9 @@ impl Trained {
         decoder.adapters_changed();
         let batch = batch(case, config, device);
         if let Some(recompute) = fused {
-            // More room than the batch needs: buffers are then used in part.
-            decoder.prepare(batch.tokens() + 37, recompute)?;
+            // More room than the batch needs, so that buffers are used in part; too little for its sequences.
+            let limits = Limits { tokens: batch.tokens() + 37, sequences: batch.sources.len() as i64 - 1 };
+            decoder.prepare(limits, recompute)?;
         }
         let mut gradients = decoder.adapters().context("no adapter")?.zeros_like();
         let options = GradOptions { scale: 1.0 / batch.supervised as f64, seed: 17, microbatch: 3 };

@@ -5,6 +5,7 @@
 //! every buffer is a region of the memory plan ([`plan`]). They also run on the CPU, in f32 through the kernels' twins: slower
 //! than the layers' own code, but every line of theirs can be tested there.
 
+mod attention;
 pub mod check;
 pub mod group;
 mod offload;
@@ -68,7 +69,7 @@ impl Fused {
 
     /// Losses of the supervised positions without dropout, `[supervised]` f32.
     pub(super) fn loss(&self, frozen: Frozen<'_>, batch: &Batch, adapted: bool) -> Result<Tensor> {
-        let pass = Pass::new(frozen, batch, None, adapted)?;
+        let pass = Pass::new(&self.sizes, frozen, batch, None, adapted)?;
         drop(self.forward(batch, &pass)?);
         self.head(batch, &pass, None)
     }
@@ -89,7 +90,7 @@ impl Fused {
         );
         let GradOptions { scale, seed, microbatch } = *options;
         let dropout = self.drops(&frozen).then_some(DropoutStep { seed, microbatch });
-        let pass = Pass::new(frozen, batch, dropout, true)?;
+        let pass = Pass::new(&self.sizes, frozen, batch, dropout, true)?;
         let kept = self.forward(batch, &pass)?;
         let losses = self.head(batch, &pass, Some(scale))?;
         self.backward(kept, &pass, grads)?;

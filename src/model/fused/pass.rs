@@ -4,11 +4,12 @@ use anyhow::{Context as _, Result};
 use tch::Tensor;
 
 use super::Fused;
+use super::attention::{Attended, Packed};
 use super::group::GroupName;
+use super::plan::Sizes;
 use super::product::AdapterOperands;
 use super::workspace::{Kept, matrix};
 use crate::kernels::cross_entropy::cross_entropy_into;
-use crate::kernels::fused_attention::{AttentionKept, Packing, attention, attention_backward};
 use crate::kernels::rms_norm::{add_rms_norm_into, rms_norm_backward_into, rms_norm_into};
 use crate::kernels::rope::{RotaryTable, rotate_in_place};
 use crate::kernels::swiglu::{swiglu_backward_into, swiglu_into};
@@ -23,7 +24,7 @@ use crate::recipe::Recompute;
 pub(super) struct Pass<'a> {
     pub(super) tokens: i64,
     pub(super) frozen: Frozen<'a>,
-    packing: Packing,
+    pub(super) packed: Packed,
     table: RotaryTable,
     /// `None` where nothing is dropped.
     pub(super) dropout: Option<DropoutStep>,
@@ -32,6 +33,7 @@ pub(super) struct Pass<'a> {
 
 impl<'a> Pass<'a> {
     pub(super) fn new(
+        sizes: &Sizes,
         frozen: Frozen<'a>,
         batch: &Batch,
         dropout: Option<DropoutStep>,
@@ -42,7 +44,7 @@ impl<'a> Pass<'a> {
         Ok(Self {
             tokens: batch.tokens(),
             frozen,
-            packing: Packing::new(&batch.cu_seqlens, device)?,
+            packed: Packed::new(sizes, &batch.cu_seqlens, device)?,
             table: RotaryTable::new(&batch.position_ids, config.head_dim, config.rope_theta)?,
             dropout,
             adapted,
@@ -68,7 +70,7 @@ impl Fused {
     }
 
     /// All layers; gives what attention kept of each that keeps it. The stream's last sum is left to the head.
-    pub(super) fn forward(&self, batch: &Batch, pass: &Pass<'_>) -> Result<Vec<AttentionKept>> {
+    pub(super) fn forward(&self, batch: &Batch, pass: &Pass<'_>) -> Result<Vec<Attended>> {
         let Frozen { config, embed_tokens, layers, .. } = pass.frozen;
         let first = self.kept(0, pass.tokens);
         if let Some(offload) = &self.offload {
@@ -115,20 +117,16 @@ impl Fused {
     }
 
     /// From the normed stream in the workspace to the stream between the blocks and its norm.
-    fn attend(&self, index: usize, layer: &DecoderLayer, pass: &Pass<'_>) -> Result<AttentionKept> {
+    fn attend(&self, index: usize, layer: &DecoderLayer, pass: &Pass<'_>) -> Result<Attended> {
         let (config, tokens) = (pass.frozen.config, pass.tokens);
         let kept = self.kept(index, tokens);
-        self.forward_product(self.at(GroupName::Qkv, layer), &kept.xa, &kept.qkv, pass)?;
-        let [q, k, v] = heads(&kept.qkv, config.num_attention_heads, config.num_key_value_heads);
+        let qkv = self.at(GroupName::Qkv, layer);
+        self.forward_product(qkv, &self.input_of(qkv.group, tokens), &kept.xa, &kept.qkv, pass)?;
         rotate_in_place(&rotated(&kept.qkv, config), &pass.table, false)?;
         self.clock.mark("rotary")?;
-        let attended = attention(&q, &k, &v, &pass.packing, config.attention_multiplier)?;
-        self.clock.mark("attention")?;
-        let group = self.sizes.group(GroupName::O);
-        self.input_of(group, tokens).narrow(1, 0, group.input).f_copy_(&flat(attended.o()))?;
-        self.clock.mark("copies")?;
+        let (input, attended) = self.attention(&kept, pass)?;
         let branch = self.branch(config.hidden_size, tokens);
-        self.forward_product(self.at(GroupName::O, layer), &kept.xa, &branch, pass)?;
+        self.forward_product(self.at(GroupName::O, layer), &input, &kept.xa, &branch, pass)?;
         let group = self.sizes.group(GroupName::GateUp);
         let y = self.input_of(group, tokens).narrow(1, 0, group.input);
         add_rms_norm_into(
@@ -151,16 +149,18 @@ impl Fused {
         let kept = self.kept(index, tokens);
         let gate_up = self.gate_up(&kept, layer, pass)?;
         let group = self.sizes.group(GroupName::Down);
-        swiglu_into(&gate_up, &self.input_of(group, tokens).narrow(1, 0, group.input))?;
+        let input = self.input_of(group, tokens);
+        swiglu_into(&gate_up, &input.narrow(1, 0, group.input))?;
         self.clock.mark("swiglu")?;
         let branch = self.branch(config.hidden_size, tokens);
-        self.forward_product(self.at(GroupName::Down, layer), &kept.xa, &branch, pass)
+        self.forward_product(self.at(GroupName::Down, layer), &input, &kept.xa, &branch, pass)
     }
 
     /// Gate and up, `[tokens, 2 · inter]`, of the normed stream in the workspace.
     fn gate_up(&self, kept: &Kept, layer: &DecoderLayer, pass: &Pass<'_>) -> Result<Tensor> {
-        let gate_up = kept.gate_up.narrow(1, 0, self.sizes.group(GroupName::GateUp).output());
-        self.forward_product(self.at(GroupName::GateUp, layer), &kept.xa, &gate_up, pass)?;
+        let at = self.at(GroupName::GateUp, layer);
+        let gate_up = kept.gate_up.narrow(1, 0, at.group.output());
+        self.forward_product(at, &self.input_of(at.group, pass.tokens), &kept.xa, &gate_up, pass)?;
         Ok(gate_up)
     }
 
@@ -248,12 +248,7 @@ impl Fused {
     }
 
     /// All layers back, from the gradient of the stream in the workspace.
-    pub(super) fn backward(
-        &self,
-        mut kept: Vec<AttentionKept>,
-        pass: &Pass<'_>,
-        grads: &ParamSet,
-    ) -> Result<()> {
+    pub(super) fn backward(&self, mut kept: Vec<Attended>, pass: &Pass<'_>, grads: &ParamSet) -> Result<()> {
         for (index, layer) in pass.frozen.layers.iter().enumerate().rev() {
             if let Some(offload) = &self.offload {
                 offload.wait(index)?;
@@ -274,7 +269,7 @@ impl Fused {
     }
 
     /// The layer's forward pass again, up to its gate and up.
-    fn again(&self, index: usize, layer: &DecoderLayer, pass: &Pass<'_>) -> Result<AttentionKept> {
+    fn again(&self, index: usize, layer: &DecoderLayer, pass: &Pass<'_>) -> Result<Attended> {
         let _ = self.normed_x(index, layer, pass)?;
         let attended = self.attend(index, layer, pass)?;
         let _ = self.gate_up(&self.kept(index, pass.tokens), layer, pass)?;
@@ -326,13 +321,14 @@ impl Fused {
         // The input is not needed before it is computed again, so its place is free.
         let spare = matrix(&self.workspace.input, tokens, inter);
         self.input_gradient(down, &dy, &d_inner, &spare, factor, pass)?;
-        let input = self.input_of(down.group, tokens).narrow(1, 0, inter);
+        let whole_input = self.input_of(down.group, tokens);
+        let input = whole_input.narrow(1, 0, inter);
         let gate_up = kept.gate_up.narrow(1, 0, 2 * inter);
         swiglu_backward_into(&d_inner, &gate_up, Some(&input))?;
         self.clock.mark("swiglu")?;
         if self.sizes.recompute.is_layer() {
             // The layer was computed again only up to gate and up.
-            self.adapter_input(down, &kept.xa, pass)?;
+            self.adapter_input(down, &whole_input, &kept.xa, pass)?;
         }
         {
             let operands = AdapterOperands { dy: &dy, x: &input, xa: &kept.xa, spare: &d_inner };
@@ -361,7 +357,7 @@ impl Fused {
         &self,
         index: usize,
         layer: &DecoderLayer,
-        attended: AttentionKept,
+        attended: Attended,
         pass: &Pass<'_>,
         grads: &ParamSet,
     ) -> Result<()> {
@@ -376,23 +372,14 @@ impl Fused {
         self.through_b(o, &dy)?;
         self.input_gradient(o, &dy, &d_o, &spare, factor, pass)?;
         {
-            let operands = AdapterOperands { dy: &dy, x: &flat(attended.o()), xa: &kept.xa, spare: &spare };
+            let x = attended.o(&kept, o.group.input)?;
+            let operands = AdapterOperands { dy: &dy, x: &x, xa: &kept.xa, spare: &spare };
             self.adapter_gradients(o, operands, factor, pass, grads)
         }?;
 
-        let [q, k, v] = heads(&kept.qkv, config.num_attention_heads, config.num_key_value_heads);
-        let d_o = d_o.view_as(attended.o());
-        let d_heads =
-            attention_backward(&d_o, [&q, &k, &v], &attended, &pass.packing, config.attention_multiplier)?;
-        drop(attended);
-        self.clock.mark("attention")?;
         let qkv = self.at(GroupName::Qkv, layer);
         let dy = self.inner(qkv.group.output() + qkv.group.ranks(), tokens);
-        for (member, gradient) in qkv.group.members.iter().zip(&d_heads) {
-            dy.narrow(1, member.row, member.rows).f_copy_(&flat(gradient))?;
-        }
-        drop(d_heads);
-        self.clock.mark("copies")?;
+        self.attention_backward(&d_o, attended, &kept, &dy.narrow(1, 0, qkv.group.output()), pass)?;
         rotate_in_place(&rotated(&dy, config), &pass.table, true)?;
         self.clock.mark("rotary")?;
         self.through_b(qkv, &dy)?;
@@ -417,22 +404,8 @@ impl Fused {
     }
 }
 
-/// Queries, keys and values of packed rows, `[tokens, heads, head_dim]` each.
-fn heads(qkv: &Tensor, heads: i64, kv_heads: i64) -> [Tensor; 3] {
-    let head_dim = qkv.size()[1] / (heads + 2 * kv_heads);
-    let part = |first: i64, count: i64| {
-        qkv.narrow(1, first * head_dim, count * head_dim).unflatten(1, [count, head_dim])
-    };
-    [part(0, heads), part(heads, kv_heads), part(heads + kv_heads, kv_heads)]
-}
-
 /// Queries and keys together: what turns with the position.
 fn rotated(qkv: &Tensor, config: &crate::model::config::ModelConfig) -> Tensor {
     let (count, head_dim) = (config.num_attention_heads + config.num_key_value_heads, config.head_dim);
     qkv.narrow(1, 0, count * head_dim).unflatten(1, [count, head_dim])
-}
-
-/// `[tokens, heads, head_dim]` → `[tokens, heads · head_dim]`.
-fn flat(x: &Tensor) -> Tensor {
-    x.reshape([x.size()[0], -1])
 }

@@ -1,7 +1,7 @@
 //! The memory plan: every region of a training on a GPU, from shapes alone.
 //!
 //! [`Workspace`](super::workspace::Workspace) allocates exactly the regions named here, so plan and allocation cannot
-//! drift apart; what libtorch's attention allocates is counted beside them.
+//! drift apart. Where libtorch computes attention, what it allocates is counted beside them.
 
 use std::fmt;
 
@@ -9,6 +9,7 @@ use serde::Serialize;
 
 use super::group::{Group, GroupName};
 use super::offload::SLOTS;
+use crate::kernels::attention::{AttentionKernel, AttentionScratch, AttentionShape};
 use crate::kernels::gemm::Gemm;
 use crate::model::config::ModelConfig;
 use crate::recipe::{LoraSpec, Optimizer, Projection, Quantization, Recompute};
@@ -18,6 +19,9 @@ const VOCAB_MULTIPLE: i64 = 128;
 
 /// Rows of logits for which there is always room.
 const LEAST_LOGITS: i64 = 256;
+
+/// Regions that libtorch takes while a batch is computed, where it computes attention.
+const OF_LIBTORCH: [&str; 2] = ["attention output and log-sum-exp", "attention's gradients and accumulators"];
 
 /// Bytes of a bf16 and of an f32.
 const BF16: i64 = 2;
@@ -52,21 +56,54 @@ fn taken(bytes: i64) -> i64 {
     if bytes >= 10 * MIB && whole - bytes <= MIB { whole } else { bytes }
 }
 
+/// The largest micro-batch.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Limits {
+    /// Tokens at most.
+    pub tokens: i64,
+    /// Sequences at most. A batch of more is taken too, with memory beside the plan.
+    pub sequences: i64,
+}
+
 /// Sizes that decide the regions.
 #[derive(Debug, Clone)]
 pub struct Sizes {
     /// Tokens of the largest micro-batch.
     pub tokens: i64,
+    /// Its sequences at most.
+    sequences: i64,
     pub(super) config: ModelConfig,
     pub(super) groups: [Group; 4],
     pub(super) recompute: Recompute,
 }
 
 impl Sizes {
-    /// For micro-batches of at most `tokens`.
-    pub fn new(config: &ModelConfig, lora: &LoraSpec, tokens: i64, recompute: Recompute) -> Self {
+    /// For micro-batches within `limits`.
+    pub fn new(config: &ModelConfig, lora: &LoraSpec, limits: Limits, recompute: Recompute) -> Self {
         let groups = GroupName::ALL.map(|name| Group::new(name, config, lora));
-        Self { tokens, config: config.clone(), groups, recompute }
+        let Limits { tokens, sequences } = limits;
+        Self { tokens, sequences, config: config.clone(), groups, recompute }
+    }
+
+    /// Whether our kernels take the model's heads; else attention is libtorch's.
+    pub(super) fn attends_by_kernels(&self) -> bool {
+        AttentionKernel::takes(self.config.head_dim)
+    }
+
+    pub(super) fn attention_shape(&self) -> AttentionShape {
+        let ModelConfig { num_attention_heads, num_key_value_heads, head_dim, .. } = self.config;
+        AttentionShape { heads: num_attention_heads, kv_heads: num_key_value_heads, head_dim }
+    }
+
+    /// Sequences of a micro-batch at most.
+    pub(super) fn sequences(&self) -> i64 {
+        self.sequences
+    }
+
+    /// Columns of attention's output, with those of the adapters that read it.
+    pub(super) fn attention_columns(&self) -> i64 {
+        let group = self.group(GroupName::O);
+        group.input + group.ranks()
     }
 
     pub(super) fn group(&self, name: GroupName) -> &Group {
@@ -138,15 +175,10 @@ impl Sizes {
         let [streams, blocks, gates] = self.kept_layers();
         let t = self.tokens;
         let hidden = self.config.hidden_size;
-        let (qkv, o) = (self.group(GroupName::Qkv).output(), self.group(GroupName::O).input);
-        vec![
+        let qkv = self.group(GroupName::Qkv).output();
+        let mut regions = vec![
             Region::new("stream before a layer", t * (hidden * BF16 + F32), streams),
             Region::new("query, key, value", t * qkv * BF16, blocks),
-            Region::new(
-                "attention output and log-sum-exp",
-                t * (o * BF16 + self.config.num_attention_heads * F32),
-                blocks,
-            ),
             Region::new("stream between the blocks", t * (hidden * BF16 + F32), blocks),
             Region::new("adapter inputs", t * self.adapter_columns() * BF16, blocks),
             Region::new("gate and up", t * self.gate_up_columns() * BF16, gates),
@@ -156,13 +188,30 @@ impl Sizes {
             Region::new("branch", self.branch_elements() * BF16, 1),
             Region::new("stream after the layers", t * (hidden * BF16 + F32), 1),
             Region::new("gradient of the stream", t * self.gradient_columns() * BF16, 1),
-            // cuDNN's, as measured: gradients, an f32 accumulator of queries, keys' and values' gradients of every head.
-            Region::new(
-                "attention's gradients and accumulators",
-                t * (qkv * BF16 + o * F32 + 2 * o * BF16),
-                1,
-            ),
             Region::new("cuBLAS", Gemm::WORKSPACE, 1),
+        ];
+        regions.extend(self.attention(blocks));
+        regions
+    }
+
+    /// What attention keeps, in so many layers, and works in.
+    fn attention(&self, layers: i64) -> Vec<Region> {
+        let (t, heads) = (self.tokens, self.config.num_attention_heads);
+        if self.attends_by_kernels() {
+            let [sums, lse2, delta, semaphores] =
+                AttentionScratch::bytes(self.attention_shape(), t, self.sequences);
+            return vec![
+                Region::new("attention output", t * self.attention_columns() * BF16, layers),
+                Region::new("log-sum-exp", t * heads * F32, layers),
+                Region::new("sums of the queries' gradient", sums, 1),
+                Region::new("rows of attention, semaphores", lse2 + delta + semaphores, 1),
+            ];
+        }
+        let (qkv, o) = (self.group(GroupName::Qkv).output(), self.group(GroupName::O).input);
+        vec![
+            Region::new(OF_LIBTORCH[0], t * (o * BF16 + heads * F32), layers),
+            // cuDNN's, as measured: gradients, an f32 accumulator of queries, keys' and values' gradients of every head.
+            Region::new(OF_LIBTORCH[1], t * (qkv * BF16 + o * F32 + 2 * o * BF16), 1),
         ]
     }
 
@@ -227,9 +276,9 @@ impl MemoryPlan {
         Self { regions, recompute: sizes.recompute, total }
     }
 
-    /// Bytes that are taken before the first step: all but what attention allocates.
+    /// Bytes that are taken before the first step: all but what libtorch's attention takes.
     pub fn before_steps(&self) -> i64 {
-        let attention = self.regions.iter().filter(|region| region.name.starts_with("attention"));
+        let attention = self.regions.iter().filter(|region| OF_LIBTORCH.contains(&region.name));
         self.total - attention.map(Region::total).sum::<i64>()
     }
 }

@@ -68,11 +68,17 @@ impl Fused {
         matrix(&self.workspace.input, tokens, group.input + group.ranks())
     }
 
-    /// `y = [x | s·x·Aᵀ] · [W | B]ᵀ` for the input in the workspace; keeps `s·x·Aᵀ` in `xa`.
-    pub(super) fn forward_product(&self, at: At<'_>, xa: &Tensor, y: &Tensor, pass: &Pass<'_>) -> Result<()> {
+    /// `y = [x | s·x·Aᵀ] · [W | B]ᵀ` for `input` `[tokens, in + ranks]`, which holds `x`; keeps `s·x·Aᵀ` in it and in `xa`.
+    pub(super) fn forward_product(
+        &self,
+        at: At<'_>,
+        input: &Tensor,
+        xa: &Tensor,
+        y: &Tensor,
+        pass: &Pass<'_>,
+    ) -> Result<()> {
         let At { group, .. } = at;
         let (width, ranks) = (group.input, group.ranks());
-        let input = self.input_of(group, pass.tokens);
         let weight = self.lay_out(at, pass.adapted)?;
         self.clock.mark("dequantise")?;
         let (outputs, x) = (group.output(), input.narrow(1, 0, width));
@@ -80,19 +86,24 @@ impl Fused {
             self.gemm.multiply(&x, &weight.narrow(0, 0, outputs).narrow(1, 0, width).tr(), y, 1.0, 0.0)?;
             return self.clock.mark("products");
         }
-        self.adapter_input(at, xa, pass)?;
-        self.gemm.multiply(&input, &weight.narrow(0, 0, outputs).tr(), y, 1.0, 0.0)?;
+        self.adapter_input(at, input, xa, pass)?;
+        self.gemm.multiply(input, &weight.narrow(0, 0, outputs).tr(), y, 1.0, 0.0)?;
         self.clock.mark("products")
     }
 
-    /// `s · drop(x)·Aᵀ` of the input in the workspace, beside it and in `xa`; the group's weights are laid out.
-    pub(super) fn adapter_input(&self, at: At<'_>, xa: &Tensor, pass: &Pass<'_>) -> Result<()> {
+    /// `s · drop(x)·Aᵀ` of `input`, beside it and in `xa`; the group's weights are laid out.
+    pub(super) fn adapter_input(
+        &self,
+        at: At<'_>,
+        input: &Tensor,
+        xa: &Tensor,
+        pass: &Pass<'_>,
+    ) -> Result<()> {
         let At { group, .. } = at;
         let (width, ranks) = (group.input, group.ranks());
         if ranks == 0 {
             return Ok(());
         }
-        let input = self.input_of(group, pass.tokens);
         let (x, spare) = (input.narrow(1, 0, width), input.narrow(1, width, ranks));
         let a = self.laid_out(group).narrow(0, group.output(), ranks).narrow(1, 0, width);
         if group.is_padded() {

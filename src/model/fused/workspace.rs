@@ -5,6 +5,7 @@ use tch::{Device, Kind, Tensor};
 
 use super::group::GroupName;
 use super::plan::Sizes;
+use crate::kernels::attention::AttentionScratch;
 
 /// What a layer keeps for its backward pass. Layers that compute a value again share one tensor for it.
 #[derive(Debug)]
@@ -21,11 +22,39 @@ pub(super) struct Kept {
     pub(super) gate_up: Tensor,
     /// `s · drop(x)·Aᵀ` of the four groups side by side.
     pub(super) xa: Tensor,
+    /// `None` where libtorch computes attention and keeps this itself.
+    pub(super) attention: Option<KeptAttention>,
+}
+
+/// What attention leaves.
+#[derive(Debug)]
+pub(super) struct KeptAttention {
+    /// The output, with room for the columns of the adapters that read it, `[tokens, heads · head_dim + ranks]`.
+    pub(super) o: Tensor,
+    /// `[heads, tokens]` f32.
+    pub(super) lse: Tensor,
+}
+
+impl KeptAttention {
+    fn shallow_clone(&self) -> Self {
+        Self { o: self.o.shallow_clone(), lse: self.lse.shallow_clone() }
+    }
+
+    fn empty_like(&self) -> Result<Self> {
+        Ok(Self { o: self.o.f_empty_like()?, lse: self.lse.f_empty_like()? })
+    }
+
+    /// For the first `tokens`; the log-sum-exp is contiguous.
+    fn rows(&self, tokens: i64) -> Self {
+        let heads = self.lse.size()[0];
+        let lse = self.lse.view([-1]).narrow(0, 0, heads * tokens).view([heads, tokens]);
+        Self { o: self.o.narrow(0, 0, tokens), lse }
+    }
 }
 
 impl Kept {
     fn shallow_clone(&self) -> Self {
-        let Self { x, x_rstd, qkv, middle, middle_rstd, gate_up, xa } = self;
+        let Self { x, x_rstd, qkv, middle, middle_rstd, gate_up, xa, attention } = self;
         Self {
             x: x.shallow_clone(),
             x_rstd: x_rstd.shallow_clone(),
@@ -34,13 +63,14 @@ impl Kept {
             middle_rstd: middle_rstd.shallow_clone(),
             gate_up: gate_up.shallow_clone(),
             xa: xa.shallow_clone(),
+            attention: attention.as_ref().map(KeptAttention::shallow_clone),
         }
     }
 
     /// The first `tokens` rows of each.
     pub(super) fn rows(&self, tokens: i64) -> Self {
         let rows = |tensor: &Tensor| tensor.narrow(0, 0, tokens);
-        let Self { x, x_rstd, qkv, middle, middle_rstd, gate_up, xa } = self;
+        let Self { x, x_rstd, qkv, middle, middle_rstd, gate_up, xa, attention } = self;
         Self {
             x: rows(x),
             x_rstd: rows(x_rstd),
@@ -49,6 +79,7 @@ impl Kept {
             middle_rstd: rows(middle_rstd),
             gate_up: rows(gate_up),
             xa: rows(xa),
+            attention: attention.as_ref().map(|attention| attention.rows(tokens)),
         }
     }
 }
@@ -71,6 +102,8 @@ pub(super) struct Workspace {
     pub(super) last_rstd: Tensor,
     /// Gradient of the stream, with room for adapters' columns.
     pub(super) gradient: Tensor,
+    /// What attention's backward pass works in; `None` as in [`Kept`].
+    pub(super) attention: Option<AttentionScratch>,
 }
 
 impl Workspace {
@@ -91,6 +124,13 @@ impl Workspace {
                     middle_rstd: f32(&[tokens])?,
                     gate_up: values(&[tokens, sizes.gate_up_columns()])?,
                     xa: values(&[tokens, sizes.adapter_columns()])?,
+                    attention: sizes
+                        .attends_by_kernels()
+                        .then(|| -> Result<KeptAttention> {
+                            let lse = f32(&[sizes.attention_shape().heads, tokens])?;
+                            Ok(KeptAttention { o: values(&[tokens, sizes.attention_columns()])?, lse })
+                        })
+                        .transpose()?,
                 },
             };
             if layer > 0 && layer < streams {
@@ -107,6 +147,7 @@ impl Workspace {
                 one.middle = one.middle.f_empty_like()?;
                 one.middle_rstd = one.middle_rstd.f_empty_like()?;
                 one.xa = one.xa.f_empty_like()?;
+                one.attention = one.attention.as_ref().map(KeptAttention::empty_like).transpose()?;
             }
             if layer > 0 && layer < gates {
                 one.gate_up = one.gate_up.f_empty_like()?;
@@ -122,6 +163,10 @@ impl Workspace {
             last: values(&[tokens, hidden])?,
             last_rstd: f32(&[tokens])?,
             gradient: values(&[tokens, sizes.gradient_columns()])?,
+            attention: sizes
+                .attends_by_kernels()
+                .then(|| AttentionScratch::new(sizes.attention_shape(), tokens, sizes.sequences(), device))
+                .transpose()?,
         })
     }
 }
