@@ -52,16 +52,12 @@ struct Shared {
   uint32_t tickets[2];
 };
 
-// With room to begin at a multiple of 1024.
 template <int kHeadDim>
-constexpr uint32_t kBytes = sizeof(Shared<kHeadDim>) + 1024;
-static_assert(kBytes<128> == 165000 && kBytes<64> == 83080, "src/kernels/attention/gpu.rs has the same numbers");
+constexpr uint32_t kBytes = sizeof(Shared<kHeadDim>);
+static_assert(kBytes<128> == 163976 && kBytes<64> == 82056, "src/kernels/attention/gpu.rs has the same numbers");
 
-template <typename T>
-__device__ __forceinline__ T& aligned_shared() {
-  extern __shared__ uint8_t bytes[];
-  return *reinterpret_cast<T*>((reinterpret_cast<uintptr_t>(bytes) + 1023) & ~uintptr_t{1023});
-}
+// Where the compiler knows its address: registers are too few for pointers into it.
+extern __shared__ __align__(1024) uint8_t shared_memory[];
 
 // ---- the warp that loads: one lane of it ----
 
@@ -272,8 +268,9 @@ __device__ __forceinline__ void compute(const HopperForwardParams& p, Shared<kHe
 
 template <int kHeadDim>
 __device__ __forceinline__ void forward(const HopperForwardParams& p) {
-  auto& shared = aligned_shared<Shared<kHeadDim>>();
+  auto& shared = *reinterpret_cast<Shared<kHeadDim>*>(shared_memory);
   if (threadIdx.x == 0) {
+    if (shared_address(shared_memory) % kAtomBytes != 0) __trap();  // the swizzle counts from multiples of it
     for (int i = 0; i < kConsumers; ++i) {
       barrier_init(shared.q_full[i], 1);
       barrier_init(shared.q_empty[i], kConsumerWarps / kConsumers);

@@ -113,6 +113,16 @@ __device__ __forceinline__ void fence_shared_for_async() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
+// Makes what other blocks wrote, once acquired, visible to TMA.
+__device__ __forceinline__ void fence_global_for_async() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
+
+// Four matrices of 8 x 8 bf16 from fragments; lane l names the 16-byte row l % 8 of matrix l / 8.
+__device__ __forceinline__ void store_matrices(uint32_t address, const uint32_t (&a)[4]) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(a[0]), "r"(a[1]),
+               "r"(a[2]), "r"(a[3])
+               : "memory");
+}
+
 // ---- registers between warpgroups ----
 
 template <int kRegisters>
@@ -179,6 +189,7 @@ __device__ __forceinline__ void settle(uint32_t (&a)[kSteps][4]) {
 #define GRANITE_D4(j) GRANITE_D1(j), GRANITE_D1(j + 1), GRANITE_D1(j + 2), GRANITE_D1(j + 3)
 #define GRANITE_D8 GRANITE_D4(0), GRANITE_D4(4)
 #define GRANITE_D16 GRANITE_D8, GRANITE_D4(8), GRANITE_D4(12)
+#define GRANITE_R16 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
 #define GRANITE_R32                                                                                             \
   "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, " \
   "%24, %25, %26, %27, %28, %29, %30, %31"
@@ -203,6 +214,15 @@ __device__ __forceinline__ void product(float (&d)[8][4], uint64_t a, uint64_t b
       "{\n.reg .pred keep;\nsetp.ne.b32 keep, %34, 0;\n"
       "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {" GRANITE_R32 "}, %32, %33, keep, 1, 1, %35, %36;\n}\n"
       : GRANITE_D8
+      : "l"(a), "l"(b), "r"(keep), "n"(int{kAByColumns}), "n"(int{kBByColumns}));
+}
+
+template <bool kAByColumns, bool kBByColumns>
+__device__ __forceinline__ void product(float (&d)[4][4], uint64_t a, uint64_t b, int keep) {
+  asm volatile(
+      "{\n.reg .pred keep;\nsetp.ne.b32 keep, %18, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 {" GRANITE_R16 "}, %16, %17, keep, 1, 1, %19, %20;\n}\n"
+      : GRANITE_D4(0)
       : "l"(a), "l"(b), "r"(keep), "n"(int{kAByColumns}), "n"(int{kBByColumns}));
 }
 
@@ -231,6 +251,7 @@ __device__ __forceinline__ void product(float (&d)[8][4], const uint32_t (&a)[4]
 #undef GRANITE_D4
 #undef GRANITE_D8
 #undef GRANITE_D16
+#undef GRANITE_R16
 #undef GRANITE_R32
 #undef GRANITE_R64
 
