@@ -28,7 +28,10 @@ namespace {
 using namespace granite::attention;
 using namespace granite::hopper;
 
-constexpr int kStages = 2;
+// Queries are let go at the end of their step and wanted again, for the scores ahead, in the middle of the one before their
+// own: with two stages half a step would have to hide the load.
+constexpr int kQueryStages = 3;
+constexpr int kGradientStages = 2;
 constexpr int kWarpgroup = 128;
 constexpr int kConsumers = 2;
 constexpr int kConsumerThreads = kConsumers * kWarpgroup;
@@ -45,15 +48,15 @@ struct Shared {
   static constexpr int kPanels = kHeadDim / 64;
   __nv_bfloat16 k[kPanels][kKeyTile * 64];
   __nv_bfloat16 v[kPanels][kKeyTile * 64];
-  __nv_bfloat16 q[kStages][kPanels][kBlockRows * 64];
-  __nv_bfloat16 d_o[kStages][kPanels][kBlockRows * 64];
+  __nv_bfloat16 q[kQueryStages][kPanels][kBlockRows * 64];
+  __nv_bfloat16 d_o[kGradientStages][kPanels][kBlockRows * 64];
   __nv_bfloat16 ds[2][kKeyTile * kBlockRows];  // a row a key
   float dq[kConsumers][kBlockRows * kHeadDim / kConsumers];
-  float lse2[kStages][kBlockRows];
-  float delta[kStages][kBlockRows];
+  float lse2[kQueryStages][kBlockRows];
+  float delta[kGradientStages][kBlockRows];
   uint64_t kv_full, kv_empty;
-  uint64_t q_full[kStages], q_empty[kStages];
-  uint64_t d_o_full[kStages], d_o_empty[kStages];
+  uint64_t q_full[kQueryStages], q_empty[kQueryStages];
+  uint64_t d_o_full[kGradientStages], d_o_empty[kGradientStages];
   uint64_t dq_full[kWriters][kConsumers], dq_empty[kConsumers];
   uint64_t ticket_full[2], ticket_empty[2];
   uint32_t tickets[2];
@@ -61,7 +64,7 @@ struct Shared {
 
 template <int kHeadDim>
 constexpr uint32_t kBytes = sizeof(Shared<kHeadDim>);
-static_assert(kBytes<128> == 197800 && kBytes<64> == 115880, "src/kernels/attention/gpu.rs has the same numbers");
+static_assert(kBytes<128> == 214456 && kBytes<64> == 124344, "src/kernels/attention/gpu.rs has the same numbers");
 
 // Where the compiler knows its address: registers are too few for pointers into it.
 extern __shared__ __align__(1024) uint8_t shared_memory[];
@@ -77,17 +80,40 @@ __device__ __forceinline__ uint32_t next_ticket(Shared<kHeadDim>& shared, uint32
   return ticket;
 }
 
-// ---- the warp that loads: one lane of it ----
+// A ring of stages: where it is, and in which round.
+template <int kStages>
+struct Pipe {
+  uint32_t stage = 0, parity = 0;
+  __device__ __forceinline__ void advance() {
+    if (++stage == kStages) stage = 0, parity ^= 1;
+  }
+};
+
+// A walk over a tile's blocks, for each of its heads.
+struct Walk {
+  int head, m, first, blocks, left;
+  __device__ __forceinline__ Walk(const Tile& tile, uint32_t kv_head, int group)
+      : head(static_cast<int>(kv_head) * group),
+        m(tile.row / kBlockRows),
+        first(m),
+        blocks((tile.length + kBlockRows - 1) / kBlockRows),
+        left(group * (blocks - m)) {}
+  __device__ __forceinline__ void advance() {
+    --left;
+    if (++m == blocks) m = first, ++head;
+  }
+};
+
+// ---- the warp that takes tickets and loads keys, values and queries, and the one that loads dO: one lane of each ----
 
 template <int kHeadDim>
-__device__ __forceinline__ void load(const HopperBackwardParams& p, Shared<kHeadDim>& shared) {
+__device__ __forceinline__ void load_queries(const HopperBackwardParams& p, Shared<kHeadDim>& shared) {
   constexpr int kPanels = Shared<kHeadDim>::kPanels;
   constexpr uint32_t kTileBytes = kKeyTile * kHeadDim * 2, kBlockBytes = kBlockRows * kHeadDim * 2;
   constexpr uint32_t kRowBytes = kBlockRows * sizeof(float);
-  const uint32_t works = p.tile_count * p.kv_heads;
-  const int group = static_cast<int>(p.heads / p.kv_heads);
-  prefetch_map(&p.q), prefetch_map(&p.k), prefetch_map(&p.v), prefetch_map(&p.d_o);
-  uint32_t stage = 0, parity = 1;  // a stage is empty before its first use
+  const uint32_t works = p.tile_count;
+  prefetch_map(&p.q), prefetch_map(&p.k), prefetch_map(&p.v);
+  Pipe<kQueryStages> pipe;
   for (uint32_t turn = 0;; ++turn) {
     const uint32_t ticket = take_ticket(p.tickets);
     const uint32_t slot = turn % 2;
@@ -96,37 +122,55 @@ __device__ __forceinline__ void load(const HopperBackwardParams& p, Shared<kHead
     barrier_arrive(shared.ticket_full[slot]);
     if (ticket >= works) break;
 
-    const Tile& tile = p.tiles[ticket / p.kv_heads];
-    const int start = tile.start, first = tile.row / kBlockRows;
-    int head = static_cast<int>(ticket % p.kv_heads);
+    const Tile& tile = p.tiles[ticket];
+    const int start = tile.start, kv_head = tile.kv_head;
     barrier_wait(shared.kv_empty, turn % 2 ^ 1);
     barrier_arrive_expecting(shared.kv_full, 2 * kTileBytes);
     for (int panel = 0; panel < kPanels; ++panel) {
-      load_box(shared.k[panel], &p.k, shared.kv_full, 64 * panel, head, start + first * kBlockRows);
-      load_box(shared.v[panel], &p.v, shared.kv_full, 64 * panel, head, start + first * kBlockRows);
+      load_box(shared.k[panel], &p.k, shared.kv_full, 64 * panel, kv_head, start + tile.row);
+      load_box(shared.v[panel], &p.v, shared.kv_full, 64 * panel, kv_head, start + tile.row);
     }
-    head *= group;
-    const int blocks = (tile.length + kBlockRows - 1) / kBlockRows;
-    const uint32_t block = static_cast<uint32_t>(tile.first_block) * p.heads;
-    int m = first;
-    for (int left = group * (blocks - first); left > 0; --left) {
-      const int token = start + m * kBlockRows;
-      const uint32_t rows = (block + m * p.heads + head) * kBlockRows;
-      barrier_wait(shared.q_empty[stage], parity);
-      barrier_arrive_expecting(shared.q_full[stage], kBlockBytes + kRowBytes);
+    const uint32_t block = tile.first_block;
+#pragma unroll 1
+    for (Walk walk(tile, kv_head, p.heads / p.kv_heads); walk.left > 0; walk.advance()) {
+      uint64_t& full = shared.q_full[pipe.stage];
+      // A stage is empty before its first use.
+      barrier_wait(shared.q_empty[pipe.stage], pipe.parity ^ 1);
+      barrier_arrive_expecting(full, kBlockBytes + kRowBytes);
       for (int panel = 0; panel < kPanels; ++panel)
-        load_box(shared.q[stage][panel], &p.q, shared.q_full[stage], 64 * panel, head, token);
-      load_bytes(shared.lse2[stage], p.lse2 + rows, kRowBytes, shared.q_full[stage]);
-      barrier_wait(shared.d_o_empty[stage], parity);
-      barrier_arrive_expecting(shared.d_o_full[stage], kBlockBytes + kRowBytes);
-      for (int panel = 0; panel < kPanels; ++panel)
-        load_box(shared.d_o[stage][panel], &p.d_o, shared.d_o_full[stage], 64 * panel, head, token);
-      load_bytes(shared.delta[stage], p.delta + rows, kRowBytes, shared.d_o_full[stage]);
-      if (++stage == kStages) stage = 0, parity ^= 1;
-      if (++m == blocks) m = first, ++head;
+        load_passing_box(shared.q[pipe.stage][panel], &p.q, full, 64 * panel, walk.head, start + walk.m * kBlockRows);
+      load_bytes(shared.lse2[pipe.stage], p.lse2 + ((block + walk.m) * p.heads + walk.head) * kBlockRows, kRowBytes, full);
+      pipe.advance();
     }
   }
   return_tickets(p.tickets);
+}
+
+template <int kHeadDim>
+__device__ __forceinline__ void load_gradients(const HopperBackwardParams& p, Shared<kHeadDim>& shared) {
+  constexpr int kPanels = Shared<kHeadDim>::kPanels;
+  constexpr uint32_t kBlockBytes = kBlockRows * kHeadDim * 2, kRowBytes = kBlockRows * sizeof(float);
+  const uint32_t works = p.tile_count;
+  prefetch_map(&p.d_o);
+  Pipe<kGradientStages> pipe;
+  for (uint32_t turn = 0;; ++turn) {
+    const uint32_t ticket = next_ticket<false>(shared, turn);
+    if (ticket >= works) break;
+    const Tile& tile = p.tiles[ticket];
+    const int start = tile.start;
+    const uint32_t block = tile.first_block;
+#pragma unroll 1
+    for (Walk walk(tile, tile.kv_head, p.heads / p.kv_heads); walk.left > 0; walk.advance()) {
+      uint64_t& full = shared.d_o_full[pipe.stage];
+      barrier_wait(shared.d_o_empty[pipe.stage], pipe.parity ^ 1);
+      barrier_arrive_expecting(full, kBlockBytes + kRowBytes);
+      for (int panel = 0; panel < kPanels; ++panel)
+        load_passing_box(shared.d_o[pipe.stage][panel], &p.d_o, full, 64 * panel, walk.head, start + walk.m * kBlockRows);
+      load_bytes(shared.delta[pipe.stage], p.delta + ((block + walk.m) * p.heads + walk.head) * kBlockRows, kRowBytes,
+                 full);
+      pipe.advance();
+    }
+  }
 }
 
 // ---- the warps that add dq: one lane of each, every second block ----
@@ -134,48 +178,40 @@ __device__ __forceinline__ void load(const HopperBackwardParams& p, Shared<kHead
 template <int kHeadDim, bool kOrdered>
 __device__ __forceinline__ void write(const HopperBackwardParams& p, Shared<kHeadDim>& shared, uint32_t writer) {
   constexpr uint32_t kHalf = kBlockRows * kHeadDim / kConsumers;
-  const uint32_t works = p.tile_count * p.kv_heads;
-  const int group = static_cast<int>(p.heads / p.kv_heads);
+  const uint32_t works = p.tile_count;
   uint32_t step = 0;
   for (uint32_t turns = 0;; ++turns) {
     const uint32_t ticket = next_ticket<false>(shared, turns);
     if (ticket >= works) break;
-    const Tile& tile = p.tiles[ticket / p.kv_heads];
-    const int n = tile.row / kKeyTile, blocks = (tile.length + kBlockRows - 1) / kBlockRows;
-    const int group_last = tile.group_last, before = tile.group_first - n;
-    // Of block m and its head, counted on from the tile's first.
-    uint32_t at = static_cast<uint32_t>(tile.first_block + 2 * n) * p.heads + ticket % p.kv_heads * group;
-    int m = 2 * n;
-    for (int left = group * (blocks - m); left > 0; --left, ++step) {
-      if (step % kWriters == writer) {
-        const int turn = kOrdered ? before + min(group_last, m / 2) : 0;
-        if (kOrdered) {
-          await_turn(p.semaphores + at, turn);
-          fence_global_for_async();
-        }
-        float* to = p.dq_sums + static_cast<uint64_t>(at) * (kBlockRows * kHeadDim);
-#pragma unroll
-        for (int part = 0; part < kConsumers; ++part) {
-          barrier_wait(shared.dq_full[writer][part], step / kWriters % 2);
-          if (kOrdered && turn == 0)
-            store_bytes(to + part * kHalf, shared.dq[part], kHalf * sizeof(float));
-          else
-            add_f32(to + part * kHalf, shared.dq[part], kHalf * sizeof(float));
-          stores_commit();
-        }
-        stores_wait_read<1>();
-        barrier_arrive(shared.dq_empty[0]);
-        stores_wait_read<0>();
-        barrier_arrive(shared.dq_empty[1]);
-        if (kOrdered) {
-          stores_wait<0>();
-          end_turn(p.semaphores + at, turn, turn == m / 2);
-        }
+    const Tile& tile = p.tiles[ticket];
+    const int group_last = tile.group_last, before = tile.group_first - tile.row / kKeyTile;
+    const uint32_t block = tile.first_block;
+#pragma unroll 1
+    for (Walk walk(tile, tile.kv_head, p.heads / p.kv_heads); walk.left > 0; walk.advance(), ++step) {
+      if (step % kWriters != writer) continue;
+      const uint32_t at = (block + walk.m) * p.heads + walk.head;
+      const int turn = kOrdered ? before + min(group_last, walk.m / 2) : 0;
+      if (kOrdered) {
+        await_turn(p.semaphores + at, turn);
+        fence_global_for_async();
       }
-      at += p.heads;
-      if (++m == blocks) {
-        at += 1 - (m - 2 * n) * p.heads;
-        m = 2 * n;
+      float* to = p.dq_sums + static_cast<uint64_t>(at) * (kBlockRows * kHeadDim);
+#pragma unroll
+      for (int part = 0; part < kConsumers; ++part) {
+        barrier_wait(shared.dq_full[writer][part], step / kWriters % 2);
+        if (kOrdered && turn == 0)
+          store_kept_bytes(to + part * kHalf, shared.dq[part], kHalf * sizeof(float));
+        else
+          add_kept_f32(to + part * kHalf, shared.dq[part], kHalf * sizeof(float));
+        stores_commit();
+      }
+      stores_wait_read<1>();
+      barrier_arrive(shared.dq_empty[0]);
+      stores_wait_read<0>();
+      barrier_arrive(shared.dq_empty[1]);
+      if (kOrdered) {
+        stores_wait<0>();
+        end_turn(p.semaphores + at, turn, turn == walk.m / 2);
       }
     }
   }
@@ -191,13 +227,6 @@ __device__ __forceinline__ void clear_rows(__nv_bfloat16 (&panel)[kRows * 64], i
   for (int i = first * 8 + thread; i < kRows * 8; i += kConsumerThreads)
     reinterpret_cast<uint4*>(panel)[i] = make_uint4(0, 0, 0, 0);
 }
-
-struct Pipe {
-  uint32_t stage = 0, parity = 0;
-  __device__ __forceinline__ void advance() {
-    if (++stage == kStages) stage = 0, parity ^= 1;
-  }
-};
 
 // Transposed scores of 64 keys and a block of queries; also dP^T from values and dO.
 template <int kHeadDim>
@@ -248,7 +277,7 @@ __device__ __forceinline__ void compute(const HopperBackwardParams& p, Shared<kH
   const int part = thread / kWarpgroup;
   const int warp = thread / 32 % 4, lane = threadIdx.x % 32;
   const int upper = kKeys * part + 16 * warp + lane / 4;  // this lane's upper key in the tile; the lower is 8 below
-  const uint32_t works = p.tile_count * p.kv_heads;
+  const uint32_t works = p.tile_count;
   const int group = static_cast<int>(p.heads / p.kv_heads);
   const float scale_log2 = p.scale * kLog2E;
 
@@ -260,13 +289,14 @@ __device__ __forceinline__ void compute(const HopperBackwardParams& p, Shared<kH
   // Where this lane's rows of stmatrix begin, less the buffer and the column.
   const int ds_row = kKeys * part + 16 * warp + lane % 16;
 
-  Pipe pipe;
+  Pipe<kQueryStages> queries;
+  Pipe<kGradientStages> gradients;
   uint32_t step = 0;
   for (uint32_t turns = 0;; ++turns) {
     const uint32_t ticket = next_ticket<true>(shared, turns);
     if (ticket >= works) break;
-    const Tile tile = p.tiles[ticket / p.kv_heads];
-    const uint32_t kv_head = ticket % p.kv_heads;
+    const Tile tile = p.tiles[ticket];
+    const uint32_t kv_head = tile.kv_head;
     const int first = tile.row / kBlockRows, blocks = (tile.length + kBlockRows - 1) / kBlockRows;
     const int steps = group * (blocks - first);
 
@@ -274,13 +304,13 @@ __device__ __forceinline__ void compute(const HopperBackwardParams& p, Shared<kH
     float s[8][4];
     // Waits for a block of queries and, where the sequence ends in it, clears what follows.
     auto await_queries = [&](int m) {
-      barrier_wait(shared.q_full[pipe.stage], pipe.parity);
+      barrier_wait(shared.q_full[queries.stage], queries.parity);
       const int rows = tile.length - m * kBlockRows;
       if (rows < kBlockRows) {
-        barrier_wait(shared.d_o_full[pipe.stage], pipe.parity);
+        barrier_wait(shared.d_o_full[gradients.stage], gradients.parity);
         for (int panel = 0; panel < kPanels; ++panel) {
-          clear_rows<kBlockRows>(shared.q[pipe.stage][panel], rows, thread);
-          clear_rows<kBlockRows>(shared.d_o[pipe.stage][panel], rows, thread);
+          clear_rows<kBlockRows>(shared.q[queries.stage][panel], rows, thread);
+          clear_rows<kBlockRows>(shared.d_o[gradients.stage][panel], rows, thread);
         }
         fence_shared_for_async();
         named_sync(kConsumerBarrier, kConsumerThreads);
@@ -296,17 +326,17 @@ __device__ __forceinline__ void compute(const HopperBackwardParams& p, Shared<kH
     }
     await_queries(first);
     products_begin();
-    scores<kHeadDim>(s, keys, by_rows(shared.q[pipe.stage][0]));
+    scores<kHeadDim>(s, keys, by_rows(shared.q[queries.stage][0]));
     products_wait<0>();
     settle(s);
 
     int m = first;
     for (int i = 0;;) {
-      const uint32_t stage = pipe.stage;
+      const uint32_t stage = queries.stage, d_o_stage = gradients.stage;
       float dp[8][4];
-      barrier_wait(shared.d_o_full[stage], pipe.parity);
+      barrier_wait(shared.d_o_full[d_o_stage], gradients.parity);
       products_begin();
-      scores<kHeadDim>(dp, values, by_rows(shared.d_o[stage][0]));
+      scores<kHeadDim>(dp, values, by_rows(shared.d_o[d_o_stage][0]));
 
       const int offset = (m - first) * kBlockRows + 2 * (lane % 4);  // this lane's first query, from the tile's first key
       const bool masked = m - first < 2;
@@ -329,12 +359,12 @@ __device__ __forceinline__ void compute(const HopperBackwardParams& p, Shared<kH
       as_operand(operand, s);
       settle(operand);
       products_begin();
-      accumulate<kHeadDim>(dv, operand, by_columns(shared.d_o[stage][0], kBlockRows * 128), i > 0);
+      accumulate<kHeadDim>(dv, operand, by_columns(shared.d_o[d_o_stage][0], kBlockRows * 128), i > 0);
       products_wait<1>();
       settle(dp);
 #pragma unroll
       for (int j = 0; j < 8; ++j) {
-        const float2 delta = *reinterpret_cast<const float2*>(&shared.delta[stage][8 * j + 2 * (lane % 4)]);
+        const float2 delta = *reinterpret_cast<const float2*>(&shared.delta[d_o_stage][8 * j + 2 * (lane % 4)]);
 #pragma unroll
         for (int e = 0; e < 4; ++e) dp[j][e] = s[j][e] * (dp[j][e] - (e % 2 == 0 ? delta.x : delta.y));
       }
@@ -359,15 +389,18 @@ __device__ __forceinline__ void compute(const HopperBackwardParams& p, Shared<kH
       // The scores of the next block, on the tensor cores while this one's dS is gathered; after the last block once more
       // those of this one, which nobody reads.
       const bool more = ++i < steps;
-      pipe.advance();
+      queries.advance();
+      gradients.advance();
       if (more) {
         if (++m == blocks) m = first;
         await_queries(m);
       }
       products_begin();
-      scores<kHeadDim>(s, keys, by_rows(shared.q[more ? pipe.stage : stage][0]));
+      scores<kHeadDim>(s, keys, by_rows(shared.q[more ? queries.stage : stage][0]));
       products_wait<1>();  // dV, whose operand's registers dQ needs
       settle(operand);
+      __syncwarp();
+      if (lane == 0) barrier_arrive(shared.d_o_empty[d_o_stage]);
       named_sync(kConsumerBarrier, kConsumerThreads);
       products_begin();
       const uint64_t left = by_columns(buffer, 0);
@@ -386,8 +419,6 @@ __device__ __forceinline__ void compute(const HopperBackwardParams& p, Shared<kH
       products_wait<1>();
       settle(dq);
       settle(s);
-      __syncwarp();
-      if (lane == 0) barrier_arrive(shared.d_o_empty[stage]);
       barrier_wait(shared.dq_empty[part], step % 2 ^ 1);
       float4* to = reinterpret_cast<float4*>(shared.dq[part]) + thread % kWarpgroup;
 #pragma unroll
@@ -421,9 +452,11 @@ __device__ __forceinline__ void backward(const HopperBackwardParams& p) {
     if (shared_address(shared_memory) % kAtomBytes != 0) __trap();  // the swizzle counts from multiples of it
     barrier_init(shared.kv_full, 1);
     barrier_init(shared.kv_empty, kConsumerWarps);
-    for (int i = 0; i < kStages; ++i) {
+    for (int i = 0; i < kQueryStages; ++i) {
       barrier_init(shared.q_full[i], 1);
       barrier_init(shared.q_empty[i], kConsumerWarps);
+    }
+    for (int i = 0; i < kGradientStages; ++i) {
       barrier_init(shared.d_o_full[i], 1);
       barrier_init(shared.d_o_empty[i], kConsumerWarps);
     }
@@ -434,7 +467,7 @@ __device__ __forceinline__ void backward(const HopperBackwardParams& p) {
     }
     for (int i = 0; i < 2; ++i) {
       barrier_init(shared.ticket_full[i], 1);
-      barrier_init(shared.ticket_empty[i], kConsumerWarps + kWriters);
+      barrier_init(shared.ticket_empty[i], kConsumerWarps + kWriters + 1);
     }
     fence_barrier_init();
   }
@@ -443,7 +476,8 @@ __device__ __forceinline__ void backward(const HopperBackwardParams& p) {
     registers_down<24>();
     const uint32_t warp = threadIdx.x / 32;
     if (threadIdx.x % 32 == 0) {
-      if (warp == 0) load<kHeadDim>(p, shared);
+      if (warp == 0) load_queries<kHeadDim>(p, shared);
+      if (warp == 3) load_gradients<kHeadDim>(p, shared);
       if (warp >= 1 && warp <= kWriters) write<kHeadDim, kOrdered>(p, shared, warp - 1);
     }
   } else {

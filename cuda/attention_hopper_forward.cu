@@ -224,10 +224,13 @@ __device__ __forceinline__ void compute(const HopperForwardParams& p, Shared<kHe
       __syncwarp();
       if (lane == 0) barrier_arrive(shared.v_empty[values_pipe.stage]);
       values_pipe.advance();
+      // Mostly no row of the warp has a new maximum.
+      if (__any_sync(granite::kAllLanes, factors.x != 1.0f || factors.y != 1.0f)) {
 #pragma unroll
-      for (int j = 0; j < kColumns; ++j) {
-        o[j][0] *= factors.x, o[j][1] *= factors.x;
-        o[j][2] *= factors.y, o[j][3] *= factors.y;
+        for (int j = 0; j < kColumns; ++j) {
+          o[j][0] *= factors.x, o[j][1] *= factors.x;
+          o[j][2] *= factors.y, o[j][3] *= factors.y;
+        }
       }
       as_operand(probabilities, s);
     }

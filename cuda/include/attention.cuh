@@ -6,14 +6,18 @@
 // Tiles (src/kernels/attention/plan.rs makes them once a batch; all layers and both passes use them)
 //   forward    128 query rows of a sequence, one query head; kernels take tile x head in the order of the list, longest
 //              first.
-//   backward   128 key rows of a sequence, one key head, all query heads of its group.
+//   backward   128 key rows of a sequence, one key head, all query heads of its group; the list names the key head too.
+//              What runs at a time should touch few blocks of dq_sums: they should stay in the L2 cache from the first part
+//              to the last. So the list goes through whole sequences and key heads, as many at a time as fill the GPU with
+//              half of their tiles: the longer half first, then the shorter, each block of threads one of each.
 //   gradients  64 query rows of a sequence are a block. Its number is first_block + row / 64; blocks of different
 //              sequences never share a number, so lse2, delta and the sums of dq have whole blocks.
 //
 // Order of summation. Block m of dq gets a part from every key tile n <= m / 2. They are added in the order in which the
 // list names the tiles: key tiles come in groups [group_first, group_last], groups ascending, and within a group from the
 // last to the first. Then tile n, which begins at its own diagonal, never waits for one that starts with it: its
-// neighbour n + 1 is a step ahead at every block. A part's place is therefore
+// neighbour n + 1 is a step ahead at every block. The longer half of a sequence's tiles is one group, each of the others
+// is one of its own. A part's place is therefore
 //   turn(n, m) = group_first + min(group_last, m / 2) - n,     and the last has turn m / 2.
 // A block's semaphore counts the parts added. Kernels take tiles by ticket, in order, so whoever waits does so for a tile
 // that already runs.
@@ -40,7 +44,8 @@ struct alignas(16) Tile {
   int32_t first_block;  // number of the sequence's first block
   int32_t group_first;  // backward: first and last key tile of the group
   int32_t group_last;
-  int32_t reserved[2];
+  int32_t kv_head;      // backward: the key head
+  int32_t reserved;
 };
 static_assert(sizeof(Tile) == 32, "src/kernels/attention/plan.rs asserts the same size");
 

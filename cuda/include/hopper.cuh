@@ -63,6 +63,19 @@ __device__ __forceinline__ void prefetch_map(const CUtensorMap* map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
 
+// What the L2 cache should think of data: kept long, or let go first.
+enum class Cache { kKeep, kLetGo };
+
+template <Cache kCache>
+__device__ __forceinline__ uint64_t cache_policy() {
+  uint64_t policy;
+  if (kCache == Cache::kKeep)
+    asm("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(policy));
+  else
+    asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  return policy;
+}
+
 // One box of a tensor of three dimensions; what lies beyond the tensor comes as zeros.
 __device__ __forceinline__ void load_box(void* to, const CUtensorMap* map, uint64_t& barrier, int column, int head,
                                          int token) {
@@ -70,6 +83,16 @@ __device__ __forceinline__ void load_box(void* to, const CUtensorMap* map, uint6
       "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5}], [%2];" ::
           "r"(shared_address(to)),
       "l"(map), "r"(shared_address(&barrier)), "r"(column), "r"(head), "r"(token)
+      : "memory");
+}
+
+// The same for data that the L2 cache may let go first.
+__device__ __forceinline__ void load_passing_box(void* to, const CUtensorMap* map, uint64_t& barrier, int column,
+                                                 int head, int token) {
+  asm volatile(
+      "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint [%0], "
+      "[%1, {%3, %4, %5}], [%2], %6;" ::"r"(shared_address(to)),
+      "l"(map), "r"(shared_address(&barrier)), "r"(column), "r"(head), "r"(token), "l"(cache_policy<Cache::kLetGo>())
       : "memory");
 }
 
@@ -81,16 +104,16 @@ __device__ __forceinline__ void load_bytes(void* to, const void* from, uint32_t 
                : "memory");
 }
 
-// Contiguous bytes from shared memory to global memory, or added there as f32.
-__device__ __forceinline__ void store_bytes(void* to, const void* from, uint32_t bytes) {
-  asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(to), "r"(shared_address(from)),
-               "r"(bytes)
+// Contiguous bytes from shared memory to global memory, or added there as f32; the L2 cache should keep them.
+__device__ __forceinline__ void store_kept_bytes(void* to, const void* from, uint32_t bytes) {
+  asm volatile("cp.async.bulk.global.shared::cta.bulk_group.L2::cache_hint [%0], [%1], %2, %3;" ::"l"(to),
+               "r"(shared_address(from)), "r"(bytes), "l"(cache_policy<Cache::kKeep>())
                : "memory");
 }
 
-__device__ __forceinline__ void add_f32(float* to, const void* from, uint32_t bytes) {
-  asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;" ::"l"(to),
-               "r"(shared_address(from)), "r"(bytes)
+__device__ __forceinline__ void add_kept_f32(float* to, const void* from, uint32_t bytes) {
+  asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.L2::cache_hint.add.f32 [%0], [%1], %2, %3;" ::"l"(to),
+               "r"(shared_address(from)), "r"(bytes), "l"(cache_policy<Cache::kKeep>())
                : "memory");
 }
 
