@@ -45,8 +45,9 @@ unsafe impl Send for Module {}
 // SAFETY: as above.
 unsafe impl Send for Kernel {}
 
-/// Bytes of shared memory that every kernel may have at launch; for more it must be allowed to.
-const SHARED_WITHOUT_ASKING: u32 = 48 << 10;
+/// Bytes of dynamic shared memory that every kernel may have at launch; for more it must be allowed to. The limit is 48 KB
+/// with the static part, which is small.
+const SHARED_WITHOUT_ASKING: u32 = 32 << 10;
 
 /// The single argument of a kernel.
 ///

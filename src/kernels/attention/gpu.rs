@@ -19,8 +19,8 @@ const PORTABLE_BACKWARD_THREADS: u32 = 256;
 const GRADIENT_THREADS: u32 = 128;
 
 /// Bytes of dynamic shared memory, for heads of 64 and 128; the sources assert the same numbers.
-const HOPPER_FORWARD_BYTES: [u32; 2] = [83_080, 165_000];
-const HOPPER_BACKWARD_BYTES: [u32; 2] = [115_880, 197_800];
+const HOPPER_FORWARD_BYTES: [u32; 2] = [82_056, 163_976];
+const HOPPER_BACKWARD_BYTES: [u32; 2] = [124_344, 214_456];
 const PORTABLE_FORWARD_BYTES: [u32; 2] = [32_768, 65_536];
 const PORTABLE_BACKWARD_BYTES: [u32; 2] = [66_688, 115_840];
 
@@ -293,7 +293,7 @@ fn backward_hopper(
         }
     };
     let kernel = gpu.kernel("attention_hopper_backward", name)?;
-    let shape = persistent(gpu, tiles * kv_heads, HOPPER_BACKWARD_BYTES[wide])?;
+    let shape = persistent(gpu, tiles, HOPPER_BACKWARD_BYTES[wide])?;
     // SAFETY: as in `prepare`; dq_sums is zero before an unordered pass, semaphores are before every one.
     unsafe { gpu.launch(kernel, shape, &params) }
 }
@@ -347,7 +347,7 @@ fn backward_portable(
         ),
     };
     let kernel = gpu.kernel("attention_backward", name)?;
-    let shape = launch((tiles * kv_heads, 1), PORTABLE_BACKWARD_THREADS, bytes);
+    let shape = launch((tiles, 1), PORTABLE_BACKWARD_THREADS, bytes);
     // SAFETY: as in `backward_hopper`.
     unsafe { gpu.launch(kernel, shape, &params) }
 }

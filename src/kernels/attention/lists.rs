@@ -25,7 +25,9 @@ pub(super) struct Tile {
     /// First and last key tile of the group in a list for the backward pass.
     pub group_first: i32,
     pub group_last: i32,
-    pub reserved: [i32; 2],
+    /// The key head of a tile in a list for the backward pass.
+    pub kv_head: i32,
+    pub reserved: i32,
 }
 
 /// Up to 64 query rows of a sequence; `rows` is 0 for a number that no sequence uses.
@@ -43,8 +45,8 @@ const _: () = assert!(size_of::<Tile>() == 32 && size_of::<Block>() == 16, "atte
 
 impl Tile {
     pub(super) fn words(self) -> [i32; 8] {
-        let Self { start, length, row, first_block, group_first, group_last, reserved: [a, b] } = self;
-        [start, length, row, first_block, group_first, group_last, a, b]
+        let Self { start, length, row, first_block, group_first, group_last, kv_head, reserved } = self;
+        [start, length, row, first_block, group_first, group_last, kv_head, reserved]
     }
 }
 
@@ -77,7 +79,7 @@ impl Span {
     pub(super) fn tile(self, number: i32, [group_first, group_last]: [i32; 2]) -> Tile {
         let Self { start, length, first_block } = self;
         let row = number * TILE as i32;
-        Tile { start, length, row, first_block, group_first, group_last, reserved: [0; 2] }
+        Tile { start, length, row, first_block, group_first, group_last, kv_head: 0, reserved: 0 }
     }
 }
 
@@ -86,7 +88,7 @@ impl Span {
 pub(super) struct Lists {
     /// Query tiles, the longest first.
     pub forward: Vec<Tile>,
-    /// Key tiles, in an order in which none waits for one behind it.
+    /// Key tiles of every key head, in an order in which none waits for one behind it.
     pub backward: Vec<Tile>,
     /// By their numbers.
     pub blocks: Vec<Block>,
@@ -94,12 +96,12 @@ pub(super) struct Lists {
 
 impl Lists {
     /// The lists of sequences that lie between the numbers of `cu_seqlens`, for `workers` blocks of the backward kernel at
-    /// a time, each with one of `kv_heads`.
+    /// a time.
     ///
     /// # Errors
     /// When the numbers do not ascend from 0, or there are too many tokens.
-    pub(super) fn new(cu_seqlens: &[i64], kv_heads: usize, workers: usize) -> Result<Self> {
-        let spans = spans(cu_seqlens)?;
+    pub(super) fn new(cu_seqlens: &[i64], kv_heads: i64, workers: usize) -> Result<Self> {
+        let (spans, kv_heads) = (spans(cu_seqlens)?, i32::try_from(kv_heads)?);
         let total = cu_seqlens.last().map_or(0, |last| *last as i32);
         Ok(Self {
             forward: forward(&spans),
@@ -205,8 +207,9 @@ mod tests {
         pairs.filter(|(_, length)| *length > 0).collect()
     }
 
-    /// For every sequence each tile once.
-    fn check_tiles(tiles: &[Tile], spans: &BTreeMap<i32, i32>) {
+    /// For every sequence each tile once, of this key head.
+    fn check_tiles(tiles: &[Tile], spans: &BTreeMap<i32, i32>, kv_head: i32) {
+        let tiles: Vec<&Tile> = tiles.iter().filter(|tile| tile.kv_head == kv_head).collect();
         let mut found: Vec<(i32, i32)> = tiles.iter().map(|tile| (tile.start, tile.row)).collect();
         found.sort_unstable();
         let rows = |(start, length): (&i32, &i32)| {
@@ -240,10 +243,10 @@ mod tests {
         }
     }
 
-    /// Goes through the list as one worker would, with the semaphores and turns of attention.cuh.
-    fn check_turns(lists: &Lists) {
+    /// Goes through the list as one worker would, with the semaphores and turns of attention.cuh, for one key head.
+    fn check_turns(lists: &Lists, kv_head: i32) {
         let mut added = vec![0; lists.blocks.len()];
-        for tile in &lists.backward {
+        for tile in lists.backward.iter().filter(|tile| tile.kv_head == kv_head) {
             let n = tile.row / 128;
             assert!((tile.group_first..=tile.group_last).contains(&n));
             // The tile sees the queries from its own diagonal on: with each key tile once, each pair once.
@@ -267,16 +270,18 @@ mod tests {
         let mut random = Random(2024);
         for case in 0..200 {
             let lengths = random.pack();
-            let (kv_heads, workers) = (1 + random.below(9) as usize, 1 + random.below(140) as usize);
+            let (kv_heads, workers) = (1 + random.below(9) as i64, 1 + random.below(140) as usize);
             let lists = Lists::new(&bounds(&lengths), kv_heads, workers).unwrap();
             let spans = spans_of(&lengths);
             assert_eq!(lists.blocks.len() as i64, lengths.iter().sum::<i64>() / 64 + spans.len() as i64);
-            for tiles in [&lists.forward, &lists.backward] {
-                check_tiles(tiles, &spans);
-            }
+            check_tiles(&lists.forward, &spans, 0);
             check_forward(&lists);
             check_blocks(&lists, &spans);
-            check_turns(&lists);
+            for kv_head in 0..kv_heads as i32 {
+                check_tiles(&lists.backward, &spans, kv_head);
+                check_turns(&lists, kv_head);
+            }
+            assert_eq!(lists.backward.len(), lists.forward.len() * kv_heads as usize);
             assert!(case > 0 || !spans.is_empty());
         }
     }

@@ -150,7 +150,7 @@ impl AttentionPlan {
             Device::Cuda(index) => Gpu::at(index)?.multiprocessors()? as usize,
             _ => WORKERS,
         };
-        let lists = Lists::new(cu_seqlens, usize::try_from(kv_heads)?, workers)?;
+        let lists = Lists::new(cu_seqlens, kv_heads, workers)?;
         let counts = Counts {
             forward: lists.forward.len(),
             backward: lists.backward.len(),
@@ -250,7 +250,7 @@ mod tests {
     fn a_plan_knows_its_batch() {
         let plan = AttentionPlan::new(&[0, 300, 300, 301], SHAPE, Device::Cpu).unwrap();
         assert_eq!((plan.tokens(), plan.kernel()), (301, AttentionKernel::Portable));
-        assert_eq!(plan.counts(), Counts { forward: 4, backward: 4, blocks: 6 });
+        assert_eq!(plan.counts(), Counts { forward: 4, backward: 8, blocks: 6 });
         assert!(plan.is_at_rest().unwrap());
         let x = Tensor::zeros([300, 4, 64], (Kind::Float, Device::Cpu));
         let told = plan.ensure_tokens("q", &x).unwrap_err().to_string();
