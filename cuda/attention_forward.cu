@@ -56,8 +56,10 @@ __device__ __forceinline__ Work work_of(const ForwardParams& p, uint32_t ticket)
 
 // s = q k^T of the warp's rows and a tile of keys.
 template <int kHeadDim, int kKeys>
-__device__ __forceinline__ void scores(float (&s)[kParts][kKeys / 8][4], uint32_t q, uint32_t k, uint32_t lane_offset) {
+__device__ __forceinline__ void scores(float (&s)[kParts][kKeys / 8][4], uint32_t q, uint32_t k) {
   using Rows = Swizzled<kHeadDim>;
+  const uint32_t thread = fresh_thread();
+  const uint32_t of_rows = Rows::lane_offset(thread), of_columns = Rows::lane_offset_of_columns(thread);
 #pragma unroll
   for (int part = 0; part < kParts; ++part) {
 #pragma unroll
@@ -67,15 +69,15 @@ __device__ __forceinline__ void scores(float (&s)[kParts][kKeys / 8][4], uint32_
   for (int step = 0; step < kHeadDim / 16; ++step) {
     uint32_t a[kParts][4];
 #pragma unroll
-    for (int part = 0; part < kParts; ++part) load_matrices(a[part], q + Rows::at(lane_offset, 16 * part, step));
+    for (int part = 0; part < kParts; ++part) load_matrices(a[part], q + Rows::at(of_rows, 16 * part, step));
 #pragma unroll
     for (int j = 0; j < kKeys / 16; ++j) {
       uint32_t b[4];
-      load_matrices(b, k + Rows::at(lane_offset, 16 * j, step));
+      load_matrices(b, k + Rows::at(of_columns, 16 * j, step));
 #pragma unroll
       for (int part = 0; part < kParts; ++part) {
-        product(s[part][2 * j], a[part], b[0], b[2]);
-        product(s[part][2 * j + 1], a[part], b[1], b[3]);
+        product(s[part][2 * j], a[part], b[0], b[1]);
+        product(s[part][2 * j + 1], a[part], b[2], b[3]);
       }
     }
   }
@@ -84,8 +86,9 @@ __device__ __forceinline__ void scores(float (&s)[kParts][kKeys / 8][4], uint32_
 // o += p v, p in place of the scores.
 template <int kHeadDim, int kKeys>
 __device__ __forceinline__ void values(float (&o)[kParts][kHeadDim / 8][4], const float (&p)[kParts][kKeys / 8][4],
-                                       uint32_t v, uint32_t lane_offset) {
+                                       uint32_t v) {
   using Rows = Swizzled<kHeadDim>;
+  const uint32_t of_rows = Rows::lane_offset(fresh_thread());
 #pragma unroll
   for (int step = 0; step < kKeys / 16; ++step) {
     uint32_t a[kParts][4];
@@ -94,7 +97,7 @@ __device__ __forceinline__ void values(float (&o)[kParts][kHeadDim / 8][4], cons
 #pragma unroll
     for (int j = 0; j < kHeadDim / 16; ++j) {
       uint32_t b[4];
-      load_transposed(b, v + Rows::at(lane_offset, 16 * step, j));
+      load_transposed(b, v + Rows::at(of_rows, 16 * step, j));
 #pragma unroll
       for (int part = 0; part < kParts; ++part) {
         product(o[part][2 * j], a[part], b[0], b[1]);
@@ -148,7 +151,6 @@ __device__ __forceinline__ void attend(const ForwardParams& p) {
   uint32_t kv_column = kv_head * kHeadDim;
 
   const int first_row = tile.row + kWarpRows * (threadIdx.x / 32);  // of the warp
-  uint32_t lane_offset = Rows::lane_offset();
   const uint32_t q_rows = q_tile + (first_row - tile.row) * Rows::kRowBytes;
   const float scale_log2 = p.scale * kLog2E;
 
@@ -172,8 +174,7 @@ __device__ __forceinline__ void attend(const ForwardParams& p) {
     const bool sees = first_key < first_row + kWarpRows;
     float s[kParts][kKeys / 8][4];
 
-    // What follows from these would take registers that the sums need.
-    forget(lane_offset), forget(start), forget(kv_column);
+    forget(start), forget(kv_column);  // Pointers that follow from them would take registers that the sums need.
 
     // Keys are here, and nobody reads the values of the tile before.
     copies_wait<0>();
@@ -181,7 +182,7 @@ __device__ __forceinline__ void attend(const ForwardParams& p) {
     Rows::template copy<kKeys, kThreads>(v_tile, p.v + (start + first_key) * p.v_stride + kv_column,
                                          p.v_stride, tile.length - first_key);
     copies_commit();
-    if (sees) scores<kHeadDim, kKeys>(s, q_rows, k_tile, lane_offset);
+    if (sees) scores<kHeadDim, kKeys>(s, q_rows, k_tile);
 
     // Values are here, and nobody reads the keys.
     copies_wait<0>();
@@ -207,7 +208,7 @@ __device__ __forceinline__ void attend(const ForwardParams& p) {
         o[part][j][2] *= factors.y, o[part][j][3] *= factors.y;
       }
     }
-    values<kHeadDim, kKeys>(o, s, v_tile, lane_offset);
+    values<kHeadDim, kKeys>(o, s, v_tile);
   }
 
   // Read again rather than kept in registers all the way.

@@ -66,8 +66,20 @@ __device__ __forceinline__ void as_operand(uint32_t (&a)[4], const float (&left)
   a[3] = pack(right[2], right[3]);
 }
 
+// Orders this thread's accesses to global memory before those that follow. Lighter than __threadfence, which also keeps
+// all fences in one order.
+__device__ __forceinline__ void fence_global() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
+
 // Makes the compiler forget what it knows of a value, so that it computes again what follows from it.
 __device__ __forceinline__ void forget(uint32_t& value) { asm volatile("" : "+r"(value)); }
+
+// threadIdx.x, of which the compiler does not know that it is: what follows from it is computed again at every use and
+// takes no registers in between.
+__device__ __forceinline__ uint32_t fresh_thread() {
+  uint32_t thread = threadIdx.x;
+  forget(thread);
+  return thread;
+}
 
 // A tile of rows of kColumns bf16 in shared memory. Word w (16 bytes) of row r lies at place w ^ (r % 8) of the row: eight
 // rows of a matrix, and eight words of a row, lie in different banks. Tiles begin at a multiple of 8 rows' bytes.
@@ -80,10 +92,18 @@ struct Swizzled {
     return row * kRowBytes + ((word ^ (row % 8)) * 16);
   }
 
-  // What this lane points at for 16 rows and the columns 16 step to 16 step + 15, from row 0 and step 0.
-  //   load_matrices     words 0 to 3 are an a; words 0, 2 and 1, 3 are the b of the first and the last eight rows as columns
-  //   load_transposed   words 0, 1 and 2, 3 are the b of the first and the last eight columns
-  static __device__ __forceinline__ uint32_t lane_offset() { return offset(threadIdx.x % 16, threadIdx.x % 32 / 16); }
+  // What this lane points at for 16 rows and the columns 16 step to 16 step + 15, from row 0 and step 0. The two words of
+  // a b are neighbours in every case: others the compiler would have to move there.
+  //   lane_offset   load_matrices: the a of these rows
+  //                 load_transposed: words 0, 1 and 2, 3 are the b of the first and the last eight columns
+  //   lane_offset_of_columns   load_matrices: words 0, 1 and 2, 3 are the b whose columns are the first and the last eight
+  //                 rows
+  static __device__ __forceinline__ uint32_t lane_offset(uint32_t thread) {
+    return offset(thread % 16, thread % 32 / 16);
+  }
+  static __device__ __forceinline__ uint32_t lane_offset_of_columns(uint32_t thread) {
+    return offset(thread % 8 + thread % 32 / 16 * 8, thread / 8 % 2);
+  }
 
   // The same from row `row`, a multiple of 8, and step `step`. A step is two words: its bits do not meet the other terms'.
   static __device__ __forceinline__ uint32_t at(uint32_t lane_offset, uint32_t row, uint32_t step) {
@@ -95,8 +115,7 @@ struct Swizzled {
   static __device__ __forceinline__ void copy(uint32_t to, const __nv_bfloat16* from, uint64_t stride, int rows) {
     constexpr int kPassRows = kThreads / kRowWords;
     static_assert(kPassRows % 8 == 0 && kRows % kPassRows == 0, "a pass keeps a thread's place in its row");
-    uint32_t thread = threadIdx.x;
-    forget(thread);  // Its addresses would take registers from the sums between two copies.
+    const uint32_t thread = fresh_thread();
     const int row = thread / kRowWords, word = thread % kRowWords;
     const uint32_t first = to + offset(row, word);
     from += row * stride + word * 8;

@@ -1,0 +1,454 @@
+// Causal packed attention with grouped heads, backward: dK and dV, and the sums of dQ. For every GPU from sm_80 on.
+//
+//   P = exp2(scale log2(e) Q K^T - lse2)   dV = P^T dO   dS = P (dO V^T - delta)   dK = scale dS^T Q   dQ = scale dS K
+//
+// Operands   include/attention.cuh has the arguments, tiles, tickets and turns.
+//   q, d_o [tokens, heads, d], k, v, dk, dv [tokens, kv_heads, d] bf16, all aligned to 16 bytes, token strides multiples
+//   of 8; lse2, delta of attention_prepare; dq_sums without the factor `scale`, which attention_finish has. d is 64 or 128.
+//   Rows of other sequences are never used, whatever they hold. All sums are f32; P and dS are rounded to bf16 before
+//   their products.
+//   The unordered kernels add to dq_sums, zeros before, as it comes: other bits in every run. For benchmarks only; they use
+//   no semaphores.
+//
+// Launch     grid tile_count * kv_heads, block 256, one ticket a block, one block a multiprocessor, dynamic shared memory
+//   attention_backward_128, _unordered_128   115,840 bytes: queries in two stages
+//   attention_backward_compact_128            82,560 bytes: in one stage, for multiprocessors of 100 KB (sm_86, sm_89)
+//   attention_backward_64, _unordered_64      66,688 bytes
+//
+// Shape (key-stationary as in FlashAttention-2, Dao 2023, but with scores transposed)
+//   A block has 128 keys, eight warps 16 keys each, and walks the query heads of its key head and, for each, blocks of 64
+//   queries from its own diagonal to the sequence's end. A warp computes S^T and dP^T of its keys: what they become, P^T
+//   and dS^T, are then in its registers as the left operands of dV and dK, whose sums stay in registers (128 a lane at
+//   d = 128) with the fragments of V (32). Only dS passes through shared memory, for dQ, of which a warp computes 32 rows
+//   and a quarter of the columns. So a step has two barriers: queries have come; dS is written.
+//   The sum of a block of dQ so far is fetched in turn while dK is computed, and is what the product dS K starts from. What
+//   a step has written it announces in the middle of the next one, when the stores have long arrived.
+//
+// Cost       10 d FLOPs a visible pair, and what is hidden of the diagonal blocks but for the quarter that warps skip. Per
+//   step shared memory gives 0.72 MB at d = 128 (5,600 cycles at 128 bytes), products take 4,100 cycles on sm_90 and 5,100
+//   on sm_80: shared memory sets the pace there, tensor cores do on sm_86 and sm_89. 64 KB of dq_sums move through L2.
+//
+// Twin       attention_backward_reference in src/kernels/attention/reference.rs.
+#include "attention.cuh"
+#include "mma.cuh"
+
+namespace {
+
+using namespace granite::attention;
+using namespace granite::mma;
+using granite::Bf16x8;
+using granite::kAllLanes;
+using granite::pack;
+
+constexpr int kThreads = 256;
+constexpr int kWarps = kThreads / 32;
+constexpr int kWarpKeys = kKeyTile / kWarps;
+constexpr int kPass = 32;  // queries of which a warp has scores at a time
+static_assert(kWarpKeys == 16, "a warp's keys are the rows of one product");
+
+// dS^T lies in matrices of 8 x 8, 128 bytes each: a fragment's word of lane l is word l of a matrix.
+constexpr uint32_t kMatrix = 128;
+constexpr uint32_t kMatrixRow = kBlockRows / 8 * kMatrix;  // the matrices of eight keys
+
+template <int kHeadDim, int kStages>
+struct Shared {
+  static constexpr uint32_t kRowBytes = Swizzled<kHeadDim>::kRowBytes;
+  static constexpr uint32_t kKeys = 0;
+  static constexpr uint32_t kScores = kKeys + kKeyTile * kRowBytes;           // dS^T
+  static constexpr uint32_t kStage = kScores + kKeyTile * kBlockRows * 2;     // queries, dO, of each stage
+  static constexpr uint32_t kStageBytes = 2 * kBlockRows * kRowBytes;
+  static constexpr uint32_t kRowValues = kStage + kStages * kStageBytes;      // lse2, delta of each stage
+  static constexpr uint32_t kRowValuesBytes = 2 * kBlockRows * sizeof(float);
+  static constexpr uint32_t kArrived = kRowValues + kStages * kRowValuesBytes;
+  static constexpr uint32_t kBytes = kArrived + 128;
+};
+static_assert(Shared<128, 2>::kBytes == 115840 && Shared<128, 1>::kBytes == 82560 && Shared<64, 2>::kBytes == 66688,
+              "src/kernels/attention/gpu.rs has the same numbers");
+
+// ---- sums of dQ, which pass from block to block through L2 ----
+
+__device__ __forceinline__ float4 load_through_l2(const float* from) {
+  float4 x;
+  asm volatile("ld.global.cg.v4.f32 {%0, %1, %2, %3}, [%4];"
+               : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w)
+               : "l"(from)
+               : "memory");
+  return x;
+}
+
+__device__ __forceinline__ void store_through_l2(float* to, float4 x) {
+  asm volatile("st.global.cg.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(to), "f"(x.x), "f"(x.y), "f"(x.z), "f"(x.w)
+               : "memory");
+}
+
+__device__ __forceinline__ void add_anywhere(float* to, float4 x) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("red.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(to), "f"(x.x), "f"(x.y), "f"(x.z), "f"(x.w)
+               : "memory");
+#else
+  atomicAdd(to, x.x), atomicAdd(to + 1, x.y), atomicAdd(to + 2, x.z), atomicAdd(to + 3, x.w);
+#endif
+}
+
+// A part that was stored and not yet announced, if `number`, of a block and a head, is one.
+constexpr uint32_t kNone = 0xffffffffu;
+struct Announcement {
+  uint32_t number = kNone;
+  uint32_t turn = 0;
+  bool last = false;
+};
+
+// Every warp calls it once after its stores; the last one to come announces the part. Barriers keep calls of different
+// parts apart.
+__device__ __forceinline__ void announce(const Announcement& part, uint32_t* semaphores, uint32_t* arrived) {
+  fence_global();
+  __syncwarp();
+  if (threadIdx.x % 32 == 0 && atomicInc(arrived, kWarps - 1) == kWarps - 1)
+    end_turn(semaphores + part.number, part.turn, part.last);
+}
+
+// ---- a walk over query heads and blocks ----
+
+struct Step {
+  uint32_t head;
+  int block;  // 64 queries of the sequence
+};
+
+struct Walk {
+  int first, last;      // blocks
+  uint32_t heads_end;   // query heads of the group
+  __device__ __forceinline__ Step next(Step at) const {
+    return at.block < last ? Step{at.head, at.block + 1} : Step{at.head + 1, first};
+  }
+  __device__ __forceinline__ bool holds(Step at) const { return at.head < heads_end; }
+};
+
+// Of a block and a head: where their semaphore lies, lse2, delta and sums in units of theirs.
+__device__ __forceinline__ uint32_t number_of(const BackwardParams& p, const Tile& tile, Step at) {
+  return (tile.first_block + at.block) * p.heads + at.head;
+}
+
+// Begins to load a step's queries, dO, lse2 and delta.
+template <int kHeadDim, int kStages>
+__device__ __forceinline__ void load_step(const BackwardParams& p, const Tile& tile, Step at, uint32_t shared,
+                                          uint32_t stage) {
+  using Rows = Swizzled<kHeadDim>;
+  using Place = Shared<kHeadDim, kStages>;
+  const int row = at.block * kBlockRows;
+  const uint32_t token = tile.start + row, column = at.head * kHeadDim;
+  const uint32_t to = shared + Place::kStage + stage * Place::kStageBytes;
+  Rows::template copy<kBlockRows, kThreads>(to, p.q + token * p.q_stride + column, p.q_stride, tile.length - row);
+  Rows::template copy<kBlockRows, kThreads>(to + kBlockRows * Rows::kRowBytes, p.d_o + token * p.d_o_stride + column,
+                                            p.d_o_stride, tile.length - row);
+  if (threadIdx.x < 32) {
+    const uint64_t number = number_of(p, tile, at);
+    const uint32_t word = threadIdx.x % 16;
+    const float* from = (threadIdx.x < 16 ? p.lse2 : p.delta) + number * kBlockRows + 4 * word;
+    copy16(shared + Place::kRowValues + stage * Place::kRowValuesBytes + 16 * threadIdx.x, from, true);
+  }
+  copies_commit();
+}
+
+// ---- products ----
+
+// sums += left right, `left` of 16 x 32 in registers, right the rows from `rows` on.
+template <int kHeadDim>
+__device__ __forceinline__ void accumulate(float (&sums)[kHeadDim / 8][4], const uint32_t (&left)[kPass / 16][4],
+                                           uint32_t rows, uint32_t lane_offset) {
+  using Rows = Swizzled<kHeadDim>;
+#pragma unroll
+  for (int step = 0; step < kPass / 16; ++step) {
+#pragma unroll
+    for (int j = 0; j < kHeadDim / 16; ++j) {
+      uint32_t b[4];
+      load_transposed(b, rows + Rows::at(lane_offset, 16 * step, j));
+      product(sums[2 * j], left[step], b[0], b[1]);
+      product(sums[2 * j + 1], left[step], b[2], b[3]);
+    }
+  }
+}
+
+// S^T and dP^T of the warp's keys and kPass queries.
+template <int kHeadDim>
+__device__ __forceinline__ void scores(float (&s)[kPass / 8][4], float (&dp)[kPass / 8][4],
+                                       const uint32_t (&values)[kHeadDim / 16][4], uint32_t keys, uint32_t queries,
+                                       uint32_t d_o, uint32_t lane_offset, uint32_t lane_offset_of_columns) {
+  using Rows = Swizzled<kHeadDim>;
+#pragma unroll
+  for (int j = 0; j < kPass / 8; ++j) {
+#pragma unroll
+    for (int e = 0; e < 4; ++e) s[j][e] = dp[j][e] = 0.0f;
+  }
+#pragma unroll
+  for (int step = 0; step < kHeadDim / 16; ++step) {
+    uint32_t a[4];
+    load_matrices(a, keys + Rows::at(lane_offset, 0, step));
+#pragma unroll
+    for (int j = 0; j < kPass / 16; ++j) {
+      uint32_t b[4];
+      load_matrices(b, queries + Rows::at(lane_offset_of_columns, 16 * j, step));
+      product(s[2 * j], a, b[0], b[1]);
+      product(s[2 * j + 1], a, b[2], b[3]);
+      load_matrices(b, d_o + Rows::at(lane_offset_of_columns, 16 * j, step));
+      product(dp[2 * j], values[step], b[0], b[1]);
+      product(dp[2 * j + 1], values[step], b[2], b[3]);
+    }
+  }
+}
+
+// Hides keys behind a query: of column j a lane has queries `query` + 8 j and the next, and keys `key` and key + 8.
+__device__ __forceinline__ void mask(float (&s)[kPass / 8][4], float (&dp)[kPass / 8][4], int key, int query) {
+#pragma unroll
+  for (int j = 0; j < kPass / 8; ++j) {
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+      if (key + 8 * (e / 2) > query + 8 * j + e % 2) s[j][e] = -INFINITY, dp[j][e] = 0.0f;
+    }
+  }
+}
+
+// P^T and dS^T in place of S^T and dP^T. `rows` is where lse2 of this lane's first query lies, delta 64 floats behind it.
+__device__ __forceinline__ void differentiate(float (&s)[kPass / 8][4], float (&dp)[kPass / 8][4], const float* rows,
+                                              float scale_log2) {
+#pragma unroll
+  for (int j = 0; j < kPass / 8; ++j) {
+    const float2 lse2 = *reinterpret_cast<const float2*>(rows + 8 * j);
+    const float2 delta = *reinterpret_cast<const float2*>(rows + kBlockRows + 8 * j);
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+      s[j][e] = exp2_fast(fmaf(s[j][e], scale_log2, -(e % 2 ? lse2.y : lse2.x)));
+      dp[j][e] = s[j][e] * (dp[j][e] - (e % 2 ? delta.y : delta.x));
+    }
+  }
+}
+
+// dq += dS K of 32 queries and kColumns / 8 blocks of columns, over 16 `steps` keys.
+template <int kHeadDim, int kBlocks>
+__device__ __forceinline__ void query_gradient(float (&dq)[2][kBlocks][4], uint32_t d_s, uint32_t keys, uint32_t lane_offset,
+                                               uint32_t first_step, int steps) {
+  using Rows = Swizzled<kHeadDim>;
+#pragma unroll
+  for (int step = 0; step < kKeyTile / 16; ++step) {
+    if (step == kBlockRows / 16 && step == steps) break;
+    uint32_t a[2][4];
+#pragma unroll
+    for (int part = 0; part < 2; ++part) load_transposed(a[part], d_s + 2 * step * kMatrixRow + 2 * part * kMatrix);
+#pragma unroll
+    for (int j = 0; j < kBlocks / 2; ++j) {
+      uint32_t b[4];
+      load_transposed(b, keys + Rows::at(lane_offset, 16 * step, first_step + j));
+#pragma unroll
+      for (int part = 0; part < 2; ++part) {
+        product(dq[part][2 * j], a[part], b[0], b[1]);
+        product(dq[part][2 * j + 1], a[part], b[2], b[3]);
+      }
+    }
+  }
+}
+
+// Writes the warp's 16 rows of dK or dV, of which lane l has `upper` and upper + 8.
+template <int kHeadDim>
+__device__ __forceinline__ void store(__nv_bfloat16* to, uint64_t stride, const float (&sums)[kHeadDim / 8][4],
+                                      float factor, int upper, int length) {
+  const int quad_lane = threadIdx.x % 4;
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    const int row = upper + 8 * r;
+#pragma unroll
+    for (int j = 0; j < kHeadDim / 8; j += 4) {
+      uint32_t pairs[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) pairs[i] = pack(sums[j + i][2 * r] * factor, sums[j + i][2 * r + 1] * factor);
+      const Bf16x8 word = gather_quad(pairs);
+      if (row < length) *reinterpret_cast<Bf16x8*>(to + row * stride + 8 * (j + quad_lane)) = word;
+    }
+  }
+}
+
+template <int kHeadDim, int kStages, bool kOrdered>
+__device__ __forceinline__ void differentiate_tile(const BackwardParams& p) {
+  using Rows = Swizzled<kHeadDim>;
+  using Place = Shared<kHeadDim, kStages>;
+  constexpr int kColumns = kHeadDim / 8;
+  constexpr int kBlocks = kColumns / 4;  // blocks of columns of dQ a warp
+  extern __shared__ __align__(128) uint8_t bytes[];
+  const uint32_t shared = shared_address(bytes);
+  uint32_t* arrived = reinterpret_cast<uint32_t*>(bytes + Place::kArrived);
+  uint32_t* shared_ticket = arrived + 1;
+  if (threadIdx.x == 0) {
+    *shared_ticket = take_ticket(p.tickets);
+    *arrived = 0;
+    return_tickets(p.tickets);
+  }
+  __syncthreads();
+  const uint32_t ticket = *shared_ticket;
+  const Tile tile = p.tiles[ticket / p.kv_heads];
+  const uint32_t kv_head = ticket % p.kv_heads;
+  const uint32_t group = p.heads / p.kv_heads;
+  const int n = tile.row / kKeyTile;
+  const Walk walk = {2 * n, (tile.length - 1) / kBlockRows, (kv_head + 1) * group};
+
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int first_key = kWarpKeys * warp;  // in the tile
+  const int dq_half = warp % 2, dq_quarter = warp / 2;
+  uint32_t lane_offset = Rows::lane_offset(threadIdx.x);
+  uint32_t lane_offset_of_columns = Rows::lane_offset_of_columns(threadIdx.x);
+  const uint32_t keys = shared + Place::kKeys;
+  // Lanes 0-15 point at the matrices of queries 0-7 and 8-15, lanes 16-31 at those of the next eight keys.
+  const uint32_t d_s = shared + Place::kScores + lane / 16 * kMatrixRow + (4 * dq_half + lane / 8 % 2) * kMatrix + lane % 8 * 16;
+  const float scale_log2 = p.scale * kLog2E;
+
+  float dk[kColumns][4], dv[kColumns][4];
+#pragma unroll
+  for (int j = 0; j < kColumns; ++j) {
+#pragma unroll
+    for (int e = 0; e < 4; ++e) dk[j][e] = dv[j][e] = 0.0f;
+  }
+
+  // Keys stay in shared memory; values pass through the last stage into registers.
+  uint32_t values[kHeadDim / 16][4];
+  Step at = {kv_head * group, walk.first};
+  {
+    const uint32_t token = tile.start + tile.row, column = kv_head * kHeadDim;
+    const uint32_t passage = shared + Place::kStage + (kStages - 1) * Place::kStageBytes;
+    Rows::template copy<kKeyTile, kThreads>(passage, p.v + token * p.v_stride + column, p.v_stride, tile.length - tile.row);
+    Rows::template copy<kKeyTile, kThreads>(keys, p.k + token * p.k_stride + column, p.k_stride, tile.length - tile.row);
+    copies_commit();
+    if (kStages > 1) load_step<kHeadDim, kStages>(p, tile, at, shared, 0);
+    copies_wait<kStages - 1>();
+    __syncthreads();
+#pragma unroll
+    for (int step = 0; step < kHeadDim / 16; ++step)
+      load_matrices(values[step], passage + Rows::at(lane_offset, first_key, step));
+    if (kStages == 1) {
+      __syncthreads();
+      load_step<kHeadDim, kStages>(p, tile, at, shared, 0);
+    }
+  }
+
+  Announcement before;
+  for (uint32_t stage = 0; walk.holds(at);) {
+    const Step next = walk.next(at);
+    const uint32_t queries = shared + Place::kStage + stage * Place::kStageBytes;
+    const uint32_t d_o = queries + kBlockRows * Rows::kRowBytes;
+    // What follows from these would take registers that the sums need.
+    forget(lane_offset), forget(lane_offset_of_columns);
+
+    // Queries have come, and nobody reads what the step before has used.
+    copies_wait<0>();
+    __syncthreads();
+    if (kStages > 1 && walk.holds(next)) load_step<kHeadDim, kStages>(p, tile, next, shared, stage ^ 1);
+
+    const uint32_t number = number_of(p, tile, at);
+    float* sums = p.dq_sums + static_cast<uint64_t>(number) * (kBlockRows * kHeadDim) + 4 * (128 * kBlocks * dq_quarter + 64 * dq_half + lane);
+    const uint32_t own_turn = turn(tile, n, at.block);
+    float dq[2][kBlocks][4];
+
+    const int queries_ahead = (at.block - walk.first) * kBlockRows;  // of the block's first query before the tile's first key
+#pragma unroll
+    for (int pass = 0; pass < kBlockRows / kPass; ++pass) {
+      const int query = queries_ahead + pass * kPass;
+      const bool sees = first_key < query + kPass;
+      uint32_t p_operand[kPass / 16][4], ds_operand[kPass / 16][4];
+      if (sees) {
+        float s[kPass / 8][4], dp[kPass / 8][4];
+        scores<kHeadDim>(s, dp, values, keys + first_key * Rows::kRowBytes, queries + pass * kPass * Rows::kRowBytes,
+                         d_o + pass * kPass * Rows::kRowBytes, lane_offset, lane_offset_of_columns);
+        if (first_key + kWarpKeys > query + 1) mask(s, dp, first_key + lane / 4, query + 2 * (lane % 4));
+        const float* rows = reinterpret_cast<const float*>(bytes + Place::kRowValues + stage * Place::kRowValuesBytes);
+        differentiate(s, dp, rows + pass * kPass + 2 * (lane % 4), scale_log2);
+#pragma unroll
+        for (int step = 0; step < kPass / 16; ++step) {
+          as_operand(p_operand[step], s[2 * step], s[2 * step + 1]);
+          as_operand(ds_operand[step], dp[2 * step], dp[2 * step + 1]);
+        }
+      } else {
+#pragma unroll
+        for (int step = 0; step < kPass / 16; ++step) {
+#pragma unroll
+          for (int word = 0; word < 4; ++word) ds_operand[step][word] = 0;
+        }
+      }
+      uint8_t* d_s_rows = bytes + Place::kScores + first_key / 8 * kMatrixRow + pass * (kPass / 8) * kMatrix + lane * 4;
+#pragma unroll
+      for (int step = 0; step < kPass / 16; ++step) {
+#pragma unroll
+        for (int word = 0; word < 4; ++word) {
+          *reinterpret_cast<uint32_t*>(d_s_rows + word % 2 * kMatrixRow + (2 * step + word / 2) * kMatrix) =
+              ds_operand[step][word];
+        }
+      }
+
+      if (pass == 0 && kOrdered && before.number != kNone) announce(before, p.semaphores, arrived);
+      if (sees) accumulate<kHeadDim>(dv, p_operand, d_o + pass * kPass * Rows::kRowBytes, lane_offset);
+      if (pass == kBlockRows / kPass - 1) {
+        if (kOrdered && own_turn > 0) {
+          if (lane == 0) await_turn(p.semaphores + number, own_turn);
+          __syncwarp();
+        }
+#pragma unroll
+        for (int part = 0; part < 2; ++part) {
+#pragma unroll
+          for (int j = 0; j < kBlocks; ++j) {
+            float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+            if (kOrdered && own_turn > 0) sum = load_through_l2(sums + 4 * (128 * j + 32 * part));
+            dq[part][j][0] = sum.x, dq[part][j][1] = sum.y, dq[part][j][2] = sum.z, dq[part][j][3] = sum.w;
+          }
+        }
+      }
+      if (sees) accumulate<kHeadDim>(dk, ds_operand, queries + pass * kPass * Rows::kRowBytes, lane_offset);
+    }
+
+    // dS is written, and nobody reads the queries.
+    __syncthreads();
+    if (kStages == 1 && walk.holds(next)) load_step<kHeadDim, kStages>(p, tile, next, shared, 0);
+    query_gradient<kHeadDim, kBlocks>(dq, d_s, keys, lane_offset, dq_quarter * kBlocks / 2,
+                                      queries_ahead == 0 ? kBlockRows / 16 : kKeyTile / 16);
+#pragma unroll
+    for (int part = 0; part < 2; ++part) {
+#pragma unroll
+      for (int j = 0; j < kBlocks; ++j) {
+        float* to = sums + 4 * (128 * j + 32 * part);
+        const float4 sum = make_float4(dq[part][j][0], dq[part][j][1], dq[part][j][2], dq[part][j][3]);
+        if (kOrdered) store_through_l2(to, sum); else add_anywhere(to, sum);
+      }
+    }
+    before = {number, own_turn, static_cast<int>(own_turn) == at.block / 2};
+    at = next;
+    if (kStages > 1) stage ^= 1;
+  }
+  if (kOrdered) announce(before, p.semaphores, arrived);
+
+  const uint64_t token = static_cast<uint32_t>(tile.start + tile.row);
+  const uint32_t column = kv_head * kHeadDim;
+  const int upper = first_key + lane / 4, length = tile.length - tile.row;
+  store<kHeadDim>(p.dv + token * p.dv_stride + column, p.dv_stride, dv, 1.0f, upper, length);
+  store<kHeadDim>(p.dk + token * p.dk_stride + column, p.dk_stride, dk, p.scale, upper, length);
+}
+
+}  // namespace
+
+extern "C" __global__ void __launch_bounds__(kThreads, 1)
+    attention_backward_64(const __grid_constant__ BackwardParams p) {
+  differentiate_tile<64, 2, true>(p);
+}
+
+extern "C" __global__ void __launch_bounds__(kThreads, 1)
+    attention_backward_128(const __grid_constant__ BackwardParams p) {
+  differentiate_tile<128, 2, true>(p);
+}
+
+extern "C" __global__ void __launch_bounds__(kThreads, 1)
+    attention_backward_compact_128(const __grid_constant__ BackwardParams p) {
+  differentiate_tile<128, 1, true>(p);
+}
+
+extern "C" __global__ void __launch_bounds__(kThreads, 1)
+    attention_backward_unordered_64(const __grid_constant__ BackwardParams p) {
+  differentiate_tile<64, 2, false>(p);
+}
+
+extern "C" __global__ void __launch_bounds__(kThreads, 1)
+    attention_backward_unordered_128(const __grid_constant__ BackwardParams p) {
+  differentiate_tile<128, 2, false>(p);
+}
