@@ -50,19 +50,24 @@ static_assert(kWarpKeys == 16, "a warp's keys are the rows of one product");
 constexpr uint32_t kMatrix = 128;
 constexpr uint32_t kMatrixRow = kBlockRows / 8 * kMatrix;  // the matrices of eight keys
 
-template <int kHeadDim, int kStages>
+// Where things lie in shared memory. By pairs, values and P^T lie there too.
+template <int kHeadDim, int kStages, bool kPairs>
 struct Shared {
   static constexpr uint32_t kRowBytes = Swizzled<kHeadDim>::kRowBytes;
-  static constexpr uint32_t kKeys = 0;
-  static constexpr uint32_t kScores = kKeys + kKeyTile * kRowBytes;           // dS^T
-  static constexpr uint32_t kStage = kScores + kKeyTile * kBlockRows * 2;     // queries, dO, of each stage
+  static constexpr uint32_t kScoreBytes = kKeyTile * kBlockRows * 2;
   static constexpr uint32_t kStageBytes = 2 * kBlockRows * kRowBytes;
-  static constexpr uint32_t kRowValues = kStage + kStages * kStageBytes;      // lse2, delta of each stage
   static constexpr uint32_t kRowValuesBytes = 2 * kBlockRows * sizeof(float);
-  static constexpr uint32_t kArrived = kRowValues + kStages * kRowValuesBytes;
-  static constexpr uint32_t kBytes = kArrived + 128;
+  static constexpr uint32_t kKeys = 0;
+  static constexpr uint32_t kDScores = kKeys + kKeyTile * kRowBytes;                   // dS^T
+  static constexpr uint32_t kStage = kDScores + kScoreBytes;                           // queries, dO of each stage
+  static constexpr uint32_t kRowValues = kStage + kStages * kStageBytes;               // lse2, delta of each stage
+  static constexpr uint32_t kTicket = kRowValues + kStages * kRowValuesBytes;
+  static constexpr uint32_t kProbabilities = kTicket + 128;                            // P^T
+  static constexpr uint32_t kValues = kProbabilities + (kPairs ? kScoreBytes : 0);
+  static constexpr uint32_t kBytes = kValues + (kPairs ? kKeyTile * kRowBytes : 0);
 };
-static_assert(Shared<128, 2>::kBytes == 115840 && Shared<128, 1>::kBytes == 82560 && Shared<64, 2>::kBytes == 66688,
+static_assert(Shared<128, 2, true>::kBytes == 164992 && Shared<128, 1, false>::kBytes == 82560 &&
+                  Shared<64, 2, false>::kBytes == 66688,
               "src/kernels/attention/gpu.rs has the same numbers");
 
 // ---- sums of dQ, which pass from block to block through L2 ----
@@ -90,21 +95,54 @@ __device__ __forceinline__ void add_anywhere(float* to, float4 x) {
 #endif
 }
 
-// A part that was stored and not yet announced, if `number`, of a block and a head, is one.
+// The sums of a warp's 32 rows and kBlocks blocks of columns: what others added to them so far, or zeros.
+template <int kBlocks>
+__device__ __forceinline__ void fetch_sums(float (&dq)[2][kBlocks][4], const float* from, bool begun) {
+#pragma unroll
+  for (int part = 0; part < 2; ++part) {
+#pragma unroll
+    for (int j = 0; j < kBlocks; ++j) {
+      float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+      if (begun) sum = load_through_l2(from + 4 * (128 * j + 32 * part));
+      dq[part][j][0] = sum.x, dq[part][j][1] = sum.y, dq[part][j][2] = sum.z, dq[part][j][3] = sum.w;
+    }
+  }
+}
+
+template <bool kOrdered, int kBlocks>
+__device__ __forceinline__ void keep_sums(float* to, const float (&dq)[2][kBlocks][4]) {
+#pragma unroll
+  for (int part = 0; part < 2; ++part) {
+#pragma unroll
+    for (int j = 0; j < kBlocks; ++j) {
+      const float4 sum = make_float4(dq[part][j][0], dq[part][j][1], dq[part][j][2], dq[part][j][3]);
+      if (kOrdered) store_through_l2(to + 4 * (128 * j + 32 * part), sum);
+      else add_anywhere(to + 4 * (128 * j + 32 * part), sum);
+    }
+  }
+}
+
+// A part that was stored and not yet announced, if `number`, of a block and a head, is one. One thread announces it, behind
+// a barrier that all have passed after their stores: what it releases includes what the barrier has shown it.
 constexpr uint32_t kNone = 0xffffffffu;
 struct Announcement {
   uint32_t number = kNone;
   uint32_t turn = 0;
   bool last = false;
+
+  __device__ __forceinline__ void make(uint32_t* semaphores) const {
+    if (number != kNone) end_turn(semaphores + number, turn, last);
+  }
 };
 
-// Every warp calls it once after its stores; the last one to come announces the part. Barriers keep calls of different
-// parts apart.
-__device__ __forceinline__ void announce(const Announcement& part, uint32_t* semaphores, uint32_t* arrived) {
-  fence_global();
-  __syncwarp();
-  if (threadIdx.x % 32 == 0 && atomicInc(arrived, kWarps - 1) == kWarps - 1)
-    end_turn(semaphores + part.number, part.turn, part.last);
+// One ticket, for the whole block.
+__device__ __forceinline__ uint32_t block_ticket(uint32_t* tickets, uint32_t* shared_ticket) {
+  if (threadIdx.x == 0) {
+    *shared_ticket = take_ticket(tickets);
+    return_tickets(tickets);
+  }
+  __syncthreads();
+  return *shared_ticket;
 }
 
 // ---- a walk over query heads and blocks ----
@@ -129,11 +167,10 @@ __device__ __forceinline__ uint32_t number_of(const BackwardParams& p, const Til
 }
 
 // Begins to load a step's queries, dO, lse2 and delta.
-template <int kHeadDim, int kStages>
+template <int kHeadDim, class Place>
 __device__ __forceinline__ void load_step(const BackwardParams& p, const Tile& tile, Step at, uint32_t shared,
                                           uint32_t stage) {
   using Rows = Swizzled<kHeadDim>;
-  using Place = Shared<kHeadDim, kStages>;
   const int row = at.block * kBlockRows;
   const uint32_t token = tile.start + row, column = at.head * kHeadDim;
   const uint32_t to = shared + Place::kStage + stage * Place::kStageBytes;
@@ -222,6 +259,18 @@ __device__ __forceinline__ void differentiate(float (&s)[kPass / 8][4], float (&
   }
 }
 
+// Writes a left operand of 16 keys and kPass queries as matrices.
+__device__ __forceinline__ void put(uint8_t* matrices, const uint32_t (&operand)[kPass / 16][4]) {
+#pragma unroll
+  for (int step = 0; step < kPass / 16; ++step) {
+#pragma unroll
+    for (int word = 0; word < 4; ++word) {
+      uint8_t* to = matrices + word % 2 * kMatrixRow + (2 * step + word / 2) * kMatrix;
+      reinterpret_cast<uint32_t*>(to)[threadIdx.x % 32] = operand[step][word];
+    }
+  }
+}
+
 // dq += dS K of 32 queries and kColumns / 8 blocks of columns, over 16 `steps` keys.
 template <int kHeadDim, int kBlocks>
 __device__ __forceinline__ void query_gradient(float (&dq)[2][kBlocks][4], uint32_t d_s, uint32_t keys, uint32_t lane_offset,
@@ -246,16 +295,16 @@ __device__ __forceinline__ void query_gradient(float (&dq)[2][kBlocks][4], uint3
   }
 }
 
-// Writes the warp's 16 rows of dK or dV, of which lane l has `upper` and upper + 8.
-template <int kHeadDim>
-__device__ __forceinline__ void store(__nv_bfloat16* to, uint64_t stride, const float (&sums)[kHeadDim / 8][4],
+// Writes 16 rows of dK or dV, of which lane l has `upper` and upper + 8.
+template <int kBlocks>
+__device__ __forceinline__ void store(__nv_bfloat16* to, uint64_t stride, const float (&sums)[kBlocks][4],
                                       float factor, int upper, int length) {
   const int quad_lane = threadIdx.x % 4;
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     const int row = upper + 8 * r;
 #pragma unroll
-    for (int j = 0; j < kHeadDim / 8; j += 4) {
+    for (int j = 0; j < kBlocks; j += 4) {
       uint32_t pairs[4];
 #pragma unroll
       for (int i = 0; i < 4; ++i) pairs[i] = pack(sums[j + i][2 * r] * factor, sums[j + i][2 * r + 1] * factor);
@@ -268,20 +317,12 @@ __device__ __forceinline__ void store(__nv_bfloat16* to, uint64_t stride, const 
 template <int kHeadDim, int kStages, bool kOrdered>
 __device__ __forceinline__ void differentiate_tile(const BackwardParams& p) {
   using Rows = Swizzled<kHeadDim>;
-  using Place = Shared<kHeadDim, kStages>;
+  using Place = Shared<kHeadDim, kStages, false>;
   constexpr int kColumns = kHeadDim / 8;
   constexpr int kBlocks = kColumns / 4;  // blocks of columns of dQ a warp
   extern __shared__ __align__(128) uint8_t bytes[];
   const uint32_t shared = shared_address(bytes);
-  uint32_t* arrived = reinterpret_cast<uint32_t*>(bytes + Place::kArrived);
-  uint32_t* shared_ticket = arrived + 1;
-  if (threadIdx.x == 0) {
-    *shared_ticket = take_ticket(p.tickets);
-    *arrived = 0;
-    return_tickets(p.tickets);
-  }
-  __syncthreads();
-  const uint32_t ticket = *shared_ticket;
+  const uint32_t ticket = block_ticket(p.tickets, reinterpret_cast<uint32_t*>(bytes + Place::kTicket));
   const Tile tile = p.tiles[ticket / p.kv_heads];
   const uint32_t kv_head = ticket % p.kv_heads;
   const uint32_t group = p.heads / p.kv_heads;
@@ -295,7 +336,7 @@ __device__ __forceinline__ void differentiate_tile(const BackwardParams& p) {
   uint32_t lane_offset_of_columns = Rows::lane_offset_of_columns(threadIdx.x);
   const uint32_t keys = shared + Place::kKeys;
   // Lanes 0-15 point at the matrices of queries 0-7 and 8-15, lanes 16-31 at those of the next eight keys.
-  const uint32_t d_s = shared + Place::kScores + lane / 16 * kMatrixRow + (4 * dq_half + lane / 8 % 2) * kMatrix + lane % 8 * 16;
+  const uint32_t d_s = shared + Place::kDScores + lane / 16 * kMatrixRow + (4 * dq_half + lane / 8 % 2) * kMatrix + lane % 8 * 16;
   const float scale_log2 = p.scale * kLog2E;
 
   float dk[kColumns][4], dv[kColumns][4];
@@ -314,7 +355,7 @@ __device__ __forceinline__ void differentiate_tile(const BackwardParams& p) {
     Rows::template copy<kKeyTile, kThreads>(passage, p.v + token * p.v_stride + column, p.v_stride, tile.length - tile.row);
     Rows::template copy<kKeyTile, kThreads>(keys, p.k + token * p.k_stride + column, p.k_stride, tile.length - tile.row);
     copies_commit();
-    if (kStages > 1) load_step<kHeadDim, kStages>(p, tile, at, shared, 0);
+    if (kStages > 1) load_step<kHeadDim, Place>(p, tile, at, shared, 0);
     copies_wait<kStages - 1>();
     __syncthreads();
 #pragma unroll
@@ -322,7 +363,7 @@ __device__ __forceinline__ void differentiate_tile(const BackwardParams& p) {
       load_matrices(values[step], passage + Rows::at(lane_offset, first_key, step));
     if (kStages == 1) {
       __syncthreads();
-      load_step<kHeadDim, kStages>(p, tile, at, shared, 0);
+      load_step<kHeadDim, Place>(p, tile, at, shared, 0);
     }
   }
 
@@ -337,7 +378,7 @@ __device__ __forceinline__ void differentiate_tile(const BackwardParams& p) {
     // Queries have come, and nobody reads what the step before has used.
     copies_wait<0>();
     __syncthreads();
-    if (kStages > 1 && walk.holds(next)) load_step<kHeadDim, kStages>(p, tile, next, shared, stage ^ 1);
+    if (kStages > 1 && walk.holds(next)) load_step<kHeadDim, Place>(p, tile, next, shared, stage ^ 1);
 
     const uint32_t number = number_of(p, tile, at);
     float* sums = p.dq_sums + static_cast<uint64_t>(number) * (kBlockRows * kHeadDim) + 4 * (128 * kBlocks * dq_quarter + 64 * dq_half + lane);
@@ -369,61 +410,223 @@ __device__ __forceinline__ void differentiate_tile(const BackwardParams& p) {
           for (int word = 0; word < 4; ++word) ds_operand[step][word] = 0;
         }
       }
-      uint8_t* d_s_rows = bytes + Place::kScores + first_key / 8 * kMatrixRow + pass * (kPass / 8) * kMatrix + lane * 4;
-#pragma unroll
-      for (int step = 0; step < kPass / 16; ++step) {
-#pragma unroll
-        for (int word = 0; word < 4; ++word) {
-          *reinterpret_cast<uint32_t*>(d_s_rows + word % 2 * kMatrixRow + (2 * step + word / 2) * kMatrix) =
-              ds_operand[step][word];
-        }
-      }
+      put(bytes + Place::kDScores + first_key / 8 * kMatrixRow + pass * (kPass / 8) * kMatrix, ds_operand);
 
-      if (pass == 0 && kOrdered && before.number != kNone) announce(before, p.semaphores, arrived);
+      if (pass == 0 && kOrdered && threadIdx.x == 0) before.make(p.semaphores);
       if (sees) accumulate<kHeadDim>(dv, p_operand, d_o + pass * kPass * Rows::kRowBytes, lane_offset);
       if (pass == kBlockRows / kPass - 1) {
         if (kOrdered && own_turn > 0) {
           if (lane == 0) await_turn(p.semaphores + number, own_turn);
           __syncwarp();
         }
-#pragma unroll
-        for (int part = 0; part < 2; ++part) {
-#pragma unroll
-          for (int j = 0; j < kBlocks; ++j) {
-            float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-            if (kOrdered && own_turn > 0) sum = load_through_l2(sums + 4 * (128 * j + 32 * part));
-            dq[part][j][0] = sum.x, dq[part][j][1] = sum.y, dq[part][j][2] = sum.z, dq[part][j][3] = sum.w;
-          }
-        }
+        fetch_sums(dq, sums, kOrdered && own_turn > 0);
       }
       if (sees) accumulate<kHeadDim>(dk, ds_operand, queries + pass * kPass * Rows::kRowBytes, lane_offset);
     }
 
     // dS is written, and nobody reads the queries.
     __syncthreads();
-    if (kStages == 1 && walk.holds(next)) load_step<kHeadDim, kStages>(p, tile, next, shared, 0);
+    if (kStages == 1 && walk.holds(next)) load_step<kHeadDim, Place>(p, tile, next, shared, 0);
     query_gradient<kHeadDim, kBlocks>(dq, d_s, keys, lane_offset, dq_quarter * kBlocks / 2,
                                       queries_ahead == 0 ? kBlockRows / 16 : kKeyTile / 16);
-#pragma unroll
-    for (int part = 0; part < 2; ++part) {
-#pragma unroll
-      for (int j = 0; j < kBlocks; ++j) {
-        float* to = sums + 4 * (128 * j + 32 * part);
-        const float4 sum = make_float4(dq[part][j][0], dq[part][j][1], dq[part][j][2], dq[part][j][3]);
-        if (kOrdered) store_through_l2(to, sum); else add_anywhere(to, sum);
-      }
-    }
+    keep_sums<kOrdered>(sums, dq);
     before = {number, own_turn, static_cast<int>(own_turn) == at.block / 2};
     at = next;
     if (kStages > 1) stage ^= 1;
   }
-  if (kOrdered) announce(before, p.semaphores, arrived);
+  if (kOrdered) {
+    __syncthreads();
+    if (threadIdx.x == 0) before.make(p.semaphores);
+  }
 
   const uint64_t token = static_cast<uint32_t>(tile.start + tile.row);
   const uint32_t column = kv_head * kHeadDim;
   const int upper = first_key + lane / 4, length = tile.length - tile.row;
-  store<kHeadDim>(p.dv + token * p.dv_stride + column, p.dv_stride, dv, 1.0f, upper, length);
-  store<kHeadDim>(p.dk + token * p.dk_stride + column, p.dk_stride, dk, p.scale, upper, length);
+  store<kColumns>(p.dv + token * p.dv_stride + column, p.dv_stride, dv, 1.0f, upper, length);
+  store<kColumns>(p.dk + token * p.dk_stride + column, p.dk_stride, dk, p.scale, upper, length);
+}
+
+// ---- by pairs of warps: see Shape ----
+
+// S^T and dP^T of 32 keys and kPass queries.
+template <int kHeadDim>
+__device__ __forceinline__ void pair_scores(float (&s)[2][kPass / 8][4], float (&dp)[2][kPass / 8][4], uint32_t keys,
+                                            uint32_t values, uint32_t queries, uint32_t d_o) {
+  using Rows = Swizzled<kHeadDim>;
+  const uint32_t thread = fresh_thread();
+  const uint32_t of_rows = Rows::lane_offset(thread), of_columns = Rows::lane_offset_of_columns(thread);
+#pragma unroll
+  for (int part = 0; part < 2; ++part) {
+#pragma unroll
+    for (int j = 0; j < kPass / 8; ++j) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) s[part][j][e] = dp[part][j][e] = 0.0f;
+    }
+  }
+#pragma unroll
+  for (int step = 0; step < kHeadDim / 16; ++step) {
+    uint32_t a[2][4], b[kPass / 16][4];
+#pragma unroll
+    for (int part = 0; part < 2; ++part) load_matrices(a[part], keys + Rows::at(of_rows, 16 * part, step));
+#pragma unroll
+    for (int j = 0; j < kPass / 16; ++j) load_matrices(b[j], queries + Rows::at(of_columns, 16 * j, step));
+#pragma unroll
+    for (int j = 0; j < kPass / 8; ++j) {
+#pragma unroll
+      for (int part = 0; part < 2; ++part) product(s[part][j], a[part], b[j / 2][j % 2 * 2], b[j / 2][j % 2 * 2 + 1]);
+    }
+#pragma unroll
+    for (int part = 0; part < 2; ++part) load_matrices(a[part], values + Rows::at(of_rows, 16 * part, step));
+#pragma unroll
+    for (int j = 0; j < kPass / 16; ++j) load_matrices(b[j], d_o + Rows::at(of_columns, 16 * j, step));
+#pragma unroll
+    for (int j = 0; j < kPass / 8; ++j) {
+#pragma unroll
+      for (int part = 0; part < 2; ++part) product(dp[part][j], a[part], b[j / 2][j % 2 * 2], b[j / 2][j % 2 * 2 + 1]);
+    }
+  }
+}
+
+// sums += left right of 32 keys, the block's queries from 32 first_half on, and half of the columns from 16 first_column on.
+template <int kHeadDim>
+__device__ __forceinline__ void pair_accumulate(float (&sums)[2][kHeadDim / 16][4], uint32_t left, uint32_t rows,
+                                                int first_half, uint32_t first_column) {
+  using Rows = Swizzled<kHeadDim>;
+  const uint32_t of_rows = Rows::lane_offset(fresh_thread());
+#pragma unroll
+  for (int step = 0; step < kBlockRows / 16; ++step) {
+    if (step / 2 < first_half) continue;
+    uint32_t a[2][4];
+#pragma unroll
+    for (int part = 0; part < 2; ++part) load_matrices(a[part], left + 2 * part * kMatrixRow + 2 * step * kMatrix);
+#pragma unroll
+    for (int j = 0; j < kHeadDim / 32; ++j) {
+      uint32_t b[4];
+      load_transposed(b, rows + Rows::at(of_rows, 16 * step, first_column + j));
+#pragma unroll
+      for (int part = 0; part < 2; ++part) {
+        product(sums[part][2 * j], a[part], b[0], b[1]);
+        product(sums[part][2 * j + 1], a[part], b[2], b[3]);
+      }
+    }
+  }
+}
+
+template <int kHeadDim, bool kOrdered>
+__device__ __forceinline__ void differentiate_tile_by_pairs(const BackwardParams& p) {
+  using Rows = Swizzled<kHeadDim>;
+  using Place = Shared<kHeadDim, 2, true>;
+  constexpr int kColumns = kHeadDim / 16;  // blocks of columns of dK and dV a warp
+  constexpr int kBlocks = kHeadDim / 32;   // blocks of columns of dQ a warp
+  extern __shared__ __align__(128) uint8_t bytes[];
+  const uint32_t shared = shared_address(bytes);
+  const uint32_t ticket = block_ticket(p.tickets, reinterpret_cast<uint32_t*>(bytes + Place::kTicket));
+  const Tile tile = p.tiles[ticket / p.kv_heads];
+  const uint32_t kv_head = ticket % p.kv_heads;
+  const uint32_t group = p.heads / p.kv_heads;
+  const int n = tile.row / kKeyTile;
+  const Walk walk = {2 * n, (tile.length - 1) / kBlockRows, (kv_head + 1) * group};
+
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int half = warp % 2, quarter = warp / 2;
+  const int first_key = 32 * quarter;  // in the tile
+  const uint32_t keys = shared + Place::kKeys, values = shared + Place::kValues;
+  // Of the matrices of dS^T and P^T: lanes 8-15 point at the next eight keys, 16-31 at the next eight queries; transposed, the
+  // other way round.
+  const uint32_t left = quarter * 4 * kMatrixRow + lane / 8 % 2 * kMatrixRow + lane / 16 * kMatrix + lane % 8 * 16;
+  const uint32_t d_s = shared + Place::kDScores + lane / 16 * kMatrixRow + (4 * half + lane / 8 % 2) * kMatrix + lane % 8 * 16;
+  uint8_t* matrices = bytes + quarter * 4 * kMatrixRow + half * 4 * kMatrix;  // this warp's own
+  const float scale_log2 = p.scale * kLog2E;
+
+  float dk[2][kColumns][4], dv[2][kColumns][4];
+#pragma unroll
+  for (int part = 0; part < 2; ++part) {
+#pragma unroll
+    for (int j = 0; j < kColumns; ++j) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) dk[part][j][e] = dv[part][j][e] = 0.0f;
+    }
+  }
+
+  Step at = {kv_head * group, walk.first};
+  {
+    const uint32_t token = tile.start + tile.row, column = kv_head * kHeadDim;
+    const int rows = tile.length - tile.row;
+    Rows::template copy<kKeyTile, kThreads>(keys, p.k + token * p.k_stride + column, p.k_stride, rows);
+    Rows::template copy<kKeyTile, kThreads>(values, p.v + token * p.v_stride + column, p.v_stride, rows);
+    load_step<kHeadDim, Place>(p, tile, at, shared, 0);
+  }
+
+  Announcement before;
+  for (uint32_t stage = 0; walk.holds(at); stage ^= 1) {
+    const Step next = walk.next(at);
+    const uint32_t queries = shared + Place::kStage + stage * Place::kStageBytes;
+    const uint32_t d_o = queries + kBlockRows * Rows::kRowBytes;
+    const int ahead = (at.block - walk.first) * kBlockRows;  // of the block's first query before the tile's first key
+    const int query = ahead + kPass * half;
+    const uint32_t number = number_of(p, tile, at);
+    const uint32_t own_turn = turn(tile, n, at.block);
+
+    // Queries have come, and nobody reads what the step before has used.
+    copies_wait<0>();
+    __syncthreads();
+    if (walk.holds(next)) load_step<kHeadDim, Place>(p, tile, next, shared, stage ^ 1);
+
+    uint32_t p_operand[2][kPass / 16][4] = {}, ds_operand[2][kPass / 16][4] = {};
+    if (first_key < query + kPass) {
+      float s[2][kPass / 8][4], dp[2][kPass / 8][4];
+      pair_scores<kHeadDim>(s, dp, keys + first_key * Rows::kRowBytes, values + first_key * Rows::kRowBytes,
+                            queries + kPass * half * Rows::kRowBytes, d_o + kPass * half * Rows::kRowBytes);
+      const float* rows = reinterpret_cast<const float*>(bytes + Place::kRowValues + stage * Place::kRowValuesBytes);
+#pragma unroll
+      for (int part = 0; part < 2; ++part) {
+        const int key = first_key + 16 * part;
+        if (key + 16 > query + 1) mask(s[part], dp[part], key + lane / 4, query + 2 * (lane % 4));
+        differentiate(s[part], dp[part], rows + kPass * half + 2 * (lane % 4), scale_log2);
+#pragma unroll
+        for (int step = 0; step < kPass / 16; ++step) {
+          as_operand(p_operand[part][step], s[part][2 * step], s[part][2 * step + 1]);
+          as_operand(ds_operand[part][step], dp[part][2 * step], dp[part][2 * step + 1]);
+        }
+      }
+    }
+    // One warp announces, another waits; the barrier tells the others.
+    if (kOrdered && threadIdx.x == 0) before.make(p.semaphores);
+    if (kOrdered && threadIdx.x == 32 && own_turn > 0) await_turn(p.semaphores + number, own_turn);
+#pragma unroll
+    for (int part = 0; part < 2; ++part) {
+      put(matrices + Place::kProbabilities + 2 * part * kMatrixRow, p_operand[part]);
+      put(matrices + Place::kDScores + 2 * part * kMatrixRow, ds_operand[part]);
+    }
+
+    // P and dS are written.
+    __syncthreads();
+    float* sums = p.dq_sums + static_cast<uint64_t>(number) * (kBlockRows * kHeadDim) +
+                  4 * (128 * kBlocks * quarter + 64 * half + lane);
+    float dq[2][kBlocks][4];
+    fetch_sums(dq, sums, kOrdered && own_turn > 0);
+    const int first_half = (first_key - ahead) / kPass;  // hidden from all of this warp's keys below it
+    pair_accumulate<kHeadDim>(dv, shared + Place::kProbabilities + left, d_o, first_half, kColumns / 2 * half);
+    pair_accumulate<kHeadDim>(dk, shared + Place::kDScores + left, queries, first_half, kColumns / 2 * half);
+    query_gradient<kHeadDim, kBlocks>(dq, d_s, keys, Rows::lane_offset(fresh_thread()), quarter * kBlocks / 2,
+                                      ahead == 0 ? kBlockRows / 16 : kKeyTile / 16);
+    keep_sums<kOrdered>(sums, dq);
+    before = {number, own_turn, static_cast<int>(own_turn) == at.block / 2};
+    at = next;
+  }
+  if (kOrdered) {
+    __syncthreads();
+    if (threadIdx.x == 0) before.make(p.semaphores);
+  }
+
+  const uint64_t token = static_cast<uint32_t>(tile.start + tile.row);
+  const uint32_t column = kv_head * kHeadDim + kHeadDim / 2 * half;
+#pragma unroll
+  for (int part = 0; part < 2; ++part) {
+    const int upper = first_key + 16 * part + lane / 4, length = tile.length - tile.row;
+    store<kColumns>(p.dv + token * p.dv_stride + column, p.dv_stride, dv[part], 1.0f, upper, length);
+    store<kColumns>(p.dk + token * p.dk_stride + column, p.dk_stride, dk[part], p.scale, upper, length);
+  }
 }
 
 }  // namespace
@@ -435,7 +638,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
 
 extern "C" __global__ void __launch_bounds__(kThreads, 1)
     attention_backward_128(const __grid_constant__ BackwardParams p) {
-  differentiate_tile<128, 2, true>(p);
+  differentiate_tile_by_pairs<128, true>(p);
 }
 
 extern "C" __global__ void __launch_bounds__(kThreads, 1)
@@ -450,5 +653,5 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
 
 extern "C" __global__ void __launch_bounds__(kThreads, 1)
     attention_backward_unordered_128(const __grid_constant__ BackwardParams p) {
-  differentiate_tile<128, 2, false>(p);
+  differentiate_tile_by_pairs<128, false>(p);
 }
