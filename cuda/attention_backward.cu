@@ -11,22 +11,26 @@
 //   no semaphores.
 //
 // Launch     grid tile_count * kv_heads, block 256, one ticket a block, one block a multiprocessor, dynamic shared memory
-//   attention_backward_128, _unordered_128   115,840 bytes: queries in two stages
-//   attention_backward_compact_128            82,560 bytes: in one stage, for multiprocessors of 100 KB (sm_86, sm_89)
+//   attention_backward_128, _unordered_128   164,992 bytes: sm_80 and sm_90, by pairs of warps
+//   attention_backward_compact_128            82,560 bytes: multiprocessors of 100 KB (sm_86, sm_89)
 //   attention_backward_64, _unordered_64      66,688 bytes
 //
 // Shape (key-stationary as in FlashAttention-2, Dao 2023, but with scores transposed)
-//   A block has 128 keys, eight warps 16 keys each, and walks the query heads of its key head and, for each, blocks of 64
-//   queries from its own diagonal to the sequence's end. A warp computes S^T and dP^T of its keys: what they become, P^T
-//   and dS^T, are then in its registers as the left operands of dV and dK, whose sums stay in registers (128 a lane at
-//   d = 128) with the fragments of V (32). Only dS passes through shared memory, for dQ, of which a warp computes 32 rows
-//   and a quarter of the columns. So a step has two barriers: queries have come; dS is written.
-//   The sum of a block of dQ so far is fetched in turn while dK is computed, and is what the product dS K starts from. What
-//   a step has written it announces in the middle of the next one, when the stores have long arrived.
+//   A block has 128 keys and walks the query heads of its key head and, for each, blocks of 64 queries from its own diagonal
+//   to the sequence's end. dK and dV stay in registers, 128 a lane at d = 128. The scores are computed with keys as rows: the
+//   sums that become P^T and dS^T then lie as the left operands of dV and dK want them. A step has two barriers.
+//   attention_backward_128: two warps share 32 keys. In the scores each has half of the queries, in dK and dV half of the
+//   columns, so that a fragment from shared memory serves two products everywhere. P and dS pass through shared memory,
+//   in matrices of 8 x 8 that are written without conflicts and read straight or transposed.
+//   The others: a warp has 16 keys to itself, 32 queries at a time. P^T and dS^T never leave its registers but for dQ, the
+//   fragments of V stay in 32 registers: least shared memory, but most fragments serve one product.
+//   dQ of a block is computed by all eight warps, 32 rows and a quarter of the columns each. What others have added so far is
+//   fetched in turn while dK is computed, and is what the product dS K starts from. What a step has stored, one thread
+//   announces in the middle of the next step, when the stores have long arrived.
 //
-// Cost       10 d FLOPs a visible pair, and what is hidden of the diagonal blocks but for the quarter that warps skip. Per
-//   step shared memory gives 0.72 MB at d = 128 (5,600 cycles at 128 bytes), products take 4,100 cycles on sm_90 and 5,100
-//   on sm_80: shared memory sets the pace there, tensor cores do on sm_86 and sm_89. 64 KB of dq_sums move through L2.
+// Cost       10 d FLOPs a visible pair, and what is hidden of the diagonal blocks. Per step of 128 keys and 64 queries at
+//   d = 128, in cycles: products 4,100 on sm_90, 5,100 on sm_80, 20,500 on sm_89; shared memory 5,200 by pairs, 6,100
+//   otherwise. Shared memory sets the pace on sm_90. 64 KB of dq_sums a step move through L2.
 //
 // Twin       attention_backward_reference in src/kernels/attention/reference.rs.
 #include "attention.cuh"
@@ -271,14 +275,13 @@ __device__ __forceinline__ void put(uint8_t* matrices, const uint32_t (&operand)
   }
 }
 
-// dq += dS K of 32 queries and kColumns / 8 blocks of columns, over 16 `steps` keys.
+// dq += dS K of 32 queries and kBlocks blocks of columns.
 template <int kHeadDim, int kBlocks>
-__device__ __forceinline__ void query_gradient(float (&dq)[2][kBlocks][4], uint32_t d_s, uint32_t keys, uint32_t lane_offset,
-                                               uint32_t first_step, int steps) {
+__device__ __forceinline__ void query_gradient(float (&dq)[2][kBlocks][4], uint32_t d_s, uint32_t keys,
+                                               uint32_t lane_offset, uint32_t first_step) {
   using Rows = Swizzled<kHeadDim>;
 #pragma unroll
   for (int step = 0; step < kKeyTile / 16; ++step) {
-    if (step == kBlockRows / 16 && step == steps) break;
     uint32_t a[2][4];
 #pragma unroll
     for (int part = 0; part < 2; ++part) load_transposed(a[part], d_s + 2 * step * kMatrixRow + 2 * part * kMatrix);
@@ -309,10 +312,12 @@ __device__ __forceinline__ void store(__nv_bfloat16* to, uint64_t stride, const 
 #pragma unroll
       for (int i = 0; i < 4; ++i) pairs[i] = pack(sums[j + i][2 * r] * factor, sums[j + i][2 * r + 1] * factor);
       const Bf16x8 word = gather_quad(pairs);
-      if (row < length) *reinterpret_cast<Bf16x8*>(to + row * stride + 8 * (j + quad_lane)) = word;
+      if (row < length) store16(to + row * stride + 8 * (j + quad_lane), word);
     }
   }
 }
+
+// ---- a tile, 16 keys a warp ----
 
 template <int kHeadDim, int kStages, bool kOrdered>
 __device__ __forceinline__ void differentiate_tile(const BackwardParams& p) {
@@ -336,7 +341,8 @@ __device__ __forceinline__ void differentiate_tile(const BackwardParams& p) {
   uint32_t lane_offset_of_columns = Rows::lane_offset_of_columns(threadIdx.x);
   const uint32_t keys = shared + Place::kKeys;
   // Lanes 0-15 point at the matrices of queries 0-7 and 8-15, lanes 16-31 at those of the next eight keys.
-  const uint32_t d_s = shared + Place::kDScores + lane / 16 * kMatrixRow + (4 * dq_half + lane / 8 % 2) * kMatrix + lane % 8 * 16;
+  const uint32_t d_s = shared + Place::kDScores + lane / 16 * kMatrixRow + (4 * dq_half + lane / 8 % 2) * kMatrix +
+                       lane % 8 * 16;
   const float scale_log2 = p.scale * kLog2E;
 
   float dk[kColumns][4], dv[kColumns][4];
@@ -352,8 +358,9 @@ __device__ __forceinline__ void differentiate_tile(const BackwardParams& p) {
   {
     const uint32_t token = tile.start + tile.row, column = kv_head * kHeadDim;
     const uint32_t passage = shared + Place::kStage + (kStages - 1) * Place::kStageBytes;
-    Rows::template copy<kKeyTile, kThreads>(passage, p.v + token * p.v_stride + column, p.v_stride, tile.length - tile.row);
-    Rows::template copy<kKeyTile, kThreads>(keys, p.k + token * p.k_stride + column, p.k_stride, tile.length - tile.row);
+    const int rows = tile.length - tile.row;
+    Rows::template copy<kKeyTile, kThreads>(passage, p.v + token * p.v_stride + column, p.v_stride, rows);
+    Rows::template copy<kKeyTile, kThreads>(keys, p.k + token * p.k_stride + column, p.k_stride, rows);
     copies_commit();
     if (kStages > 1) load_step<kHeadDim, Place>(p, tile, at, shared, 0);
     copies_wait<kStages - 1>();
@@ -381,14 +388,15 @@ __device__ __forceinline__ void differentiate_tile(const BackwardParams& p) {
     if (kStages > 1 && walk.holds(next)) load_step<kHeadDim, Place>(p, tile, next, shared, stage ^ 1);
 
     const uint32_t number = number_of(p, tile, at);
-    float* sums = p.dq_sums + static_cast<uint64_t>(number) * (kBlockRows * kHeadDim) + 4 * (128 * kBlocks * dq_quarter + 64 * dq_half + lane);
+    float* sums = p.dq_sums + static_cast<uint64_t>(number) * (kBlockRows * kHeadDim) +
+                  4 * (128 * kBlocks * dq_quarter + 64 * dq_half + lane);
     const uint32_t own_turn = turn(tile, n, at.block);
     float dq[2][kBlocks][4];
 
-    const int queries_ahead = (at.block - walk.first) * kBlockRows;  // of the block's first query before the tile's first key
+    const int ahead = (at.block - walk.first) * kBlockRows;  // of the block's first query before the tile's first key
 #pragma unroll
     for (int pass = 0; pass < kBlockRows / kPass; ++pass) {
-      const int query = queries_ahead + pass * kPass;
+      const int query = ahead + pass * kPass;
       const bool sees = first_key < query + kPass;
       uint32_t p_operand[kPass / 16][4], ds_operand[kPass / 16][4];
       if (sees) {
@@ -427,8 +435,7 @@ __device__ __forceinline__ void differentiate_tile(const BackwardParams& p) {
     // dS is written, and nobody reads the queries.
     __syncthreads();
     if (kStages == 1 && walk.holds(next)) load_step<kHeadDim, Place>(p, tile, next, shared, 0);
-    query_gradient<kHeadDim, kBlocks>(dq, d_s, keys, lane_offset, dq_quarter * kBlocks / 2,
-                                      queries_ahead == 0 ? kBlockRows / 16 : kKeyTile / 16);
+    query_gradient<kHeadDim, kBlocks>(dq, d_s, keys, lane_offset, dq_quarter * kBlocks / 2);
     keep_sums<kOrdered>(sums, dq);
     before = {number, own_turn, static_cast<int>(own_turn) == at.block / 2};
     at = next;
@@ -446,7 +453,7 @@ __device__ __forceinline__ void differentiate_tile(const BackwardParams& p) {
   store<kColumns>(p.dk + token * p.dk_stride + column, p.dk_stride, dk, p.scale, upper, length);
 }
 
-// ---- by pairs of warps: see Shape ----
+// ---- by pairs of warps ----
 
 // S^T and dP^T of 32 keys and kPass queries.
 template <int kHeadDim>
@@ -487,15 +494,14 @@ __device__ __forceinline__ void pair_scores(float (&s)[2][kPass / 8][4], float (
   }
 }
 
-// sums += left right of 32 keys, the block's queries from 32 first_half on, and half of the columns from 16 first_column on.
+// sums += left right of 32 keys, the block's queries, and half of the columns from 16 first_column on.
 template <int kHeadDim>
 __device__ __forceinline__ void pair_accumulate(float (&sums)[2][kHeadDim / 16][4], uint32_t left, uint32_t rows,
-                                                int first_half, uint32_t first_column) {
+                                                uint32_t first_column) {
   using Rows = Swizzled<kHeadDim>;
   const uint32_t of_rows = Rows::lane_offset(fresh_thread());
 #pragma unroll
   for (int step = 0; step < kBlockRows / 16; ++step) {
-    if (step / 2 < first_half) continue;
     uint32_t a[2][4];
 #pragma unroll
     for (int part = 0; part < 2; ++part) load_matrices(a[part], left + 2 * part * kMatrixRow + 2 * step * kMatrix);
@@ -531,10 +537,11 @@ __device__ __forceinline__ void differentiate_tile_by_pairs(const BackwardParams
   const int half = warp % 2, quarter = warp / 2;
   const int first_key = 32 * quarter;  // in the tile
   const uint32_t keys = shared + Place::kKeys, values = shared + Place::kValues;
-  // Of the matrices of dS^T and P^T: lanes 8-15 point at the next eight keys, 16-31 at the next eight queries; transposed, the
-  // other way round.
+  // Of the matrices of P^T and dS^T: lanes 8-15 point at the next eight keys, lanes 16-31 at the next eight queries; for dQ,
+  // transposed, the other way round.
   const uint32_t left = quarter * 4 * kMatrixRow + lane / 8 % 2 * kMatrixRow + lane / 16 * kMatrix + lane % 8 * 16;
-  const uint32_t d_s = shared + Place::kDScores + lane / 16 * kMatrixRow + (4 * half + lane / 8 % 2) * kMatrix + lane % 8 * 16;
+  const uint32_t d_s = shared + Place::kDScores + lane / 16 * kMatrixRow + (4 * half + lane / 8 % 2) * kMatrix +
+                       lane % 8 * 16;
   uint8_t* matrices = bytes + quarter * 4 * kMatrixRow + half * 4 * kMatrix;  // this warp's own
   const float scale_log2 = p.scale * kLog2E;
 
@@ -605,11 +612,11 @@ __device__ __forceinline__ void differentiate_tile_by_pairs(const BackwardParams
                   4 * (128 * kBlocks * quarter + 64 * half + lane);
     float dq[2][kBlocks][4];
     fetch_sums(dq, sums, kOrdered && own_turn > 0);
-    const int first_half = (first_key - ahead) / kPass;  // hidden from all of this warp's keys below it
-    pair_accumulate<kHeadDim>(dv, shared + Place::kProbabilities + left, d_o, first_half, kColumns / 2 * half);
-    pair_accumulate<kHeadDim>(dk, shared + Place::kDScores + left, queries, first_half, kColumns / 2 * half);
-    query_gradient<kHeadDim, kBlocks>(dq, d_s, keys, Rows::lane_offset(fresh_thread()), quarter * kBlocks / 2,
-                                      ahead == 0 ? kBlockRows / 16 : kKeyTile / 16);
+    if (first_key < ahead + kBlockRows) {
+      pair_accumulate<kHeadDim>(dv, shared + Place::kProbabilities + left, d_o, kColumns / 2 * half);
+      pair_accumulate<kHeadDim>(dk, shared + Place::kDScores + left, queries, kColumns / 2 * half);
+    }
+    query_gradient<kHeadDim, kBlocks>(dq, d_s, keys, Rows::lane_offset(fresh_thread()), quarter * kBlocks / 2);
     keep_sums<kOrdered>(sums, dq);
     before = {number, own_turn, static_cast<int>(own_turn) == at.block / 2};
     at = next;

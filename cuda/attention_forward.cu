@@ -126,7 +126,7 @@ __device__ __forceinline__ void store(const ForwardParams& p, const Tile& tile, 
 #pragma unroll
       for (int i = 0; i < 4; ++i) pairs[i] = pack(o[j + i][2 * r] * factor, o[j + i][2 * r + 1] * factor);
       const Bf16x8 word = gather_quad(pairs);
-      if (counts) *reinterpret_cast<Bf16x8*>(to + 8 * (j + quad_lane)) = word;
+      if (counts) store16(to + 8 * (j + quad_lane), word);
     }
   }
 }

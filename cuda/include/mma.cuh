@@ -25,6 +25,13 @@ __device__ __forceinline__ void copy16(uint32_t to, const void* from, bool count
   asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
 }
 
+// One access whatever the compiler knows of the words.
+__device__ __forceinline__ void store16(void* to, const Bf16x8& x) {
+  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(x.words[0]), "r"(x.words[1]), "r"(x.words[2]),
+               "r"(x.words[3])
+               : "memory");
+}
+
 // Closes a group of copies.
 __device__ __forceinline__ void copies_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
@@ -65,10 +72,6 @@ __device__ __forceinline__ void as_operand(uint32_t (&a)[4], const float (&left)
   a[2] = pack(right[0], right[1]);
   a[3] = pack(right[2], right[3]);
 }
-
-// Orders this thread's accesses to global memory before those that follow. Lighter than __threadfence, which also keeps
-// all fences in one order.
-__device__ __forceinline__ void fence_global() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
 
 // Makes the compiler forget what it knows of a value, so that it computes again what follows from it.
 __device__ __forceinline__ void forget(uint32_t& value) { asm volatile("" : "+r"(value)); }
