@@ -579,6 +579,10 @@ __device__ __forceinline__ void differentiate_tile_by_pairs(const BackwardParams
     __syncthreads();
     if (walk.holds(next)) load_step<kHeadDim, Place>(p, tile, next, shared, stage ^ 1);
 
+    // One thread waits for the turn, early, so that its warp catches up; the next barrier tells the others.
+    if (kOrdered && threadIdx.x == 32 && own_turn > 0) await_turn(p.semaphores + number, own_turn);
+    __syncwarp();
+
     uint32_t p_operand[2][kPass / 16][4] = {}, ds_operand[2][kPass / 16][4] = {};
     if (first_key < query + kPass) {
       float s[2][kPass / 8][4], dp[2][kPass / 8][4];
@@ -597,9 +601,6 @@ __device__ __forceinline__ void differentiate_tile_by_pairs(const BackwardParams
         }
       }
     }
-    // One warp announces, another waits; the barrier tells the others.
-    if (kOrdered && threadIdx.x == 0) before.make(p.semaphores);
-    if (kOrdered && threadIdx.x == 32 && own_turn > 0) await_turn(p.semaphores + number, own_turn);
 #pragma unroll
     for (int part = 0; part < 2; ++part) {
       put(matrices + Place::kProbabilities + 2 * part * kMatrixRow, p_operand[part]);
@@ -608,6 +609,8 @@ __device__ __forceinline__ void differentiate_tile_by_pairs(const BackwardParams
 
     // P and dS are written.
     __syncthreads();
+    if (kOrdered && threadIdx.x == 0) before.make(p.semaphores);
+    __syncwarp();
     float* sums = p.dq_sums + static_cast<uint64_t>(number) * (kBlockRows * kHeadDim) +
                   4 * (128 * kBlocks * quarter + 64 * half + lane);
     float dq[2][kBlocks][4];
