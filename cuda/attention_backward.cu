@@ -10,7 +10,7 @@
 //   The unordered kernels add to dq_sums, zeros before, as it comes: other bits in every run. For benchmarks only; they use
 //   no semaphores.
 //
-// Launch     grid tile_count * kv_heads, block 256, one ticket a block, one block a multiprocessor, dynamic shared memory
+// Launch     grid tile_count, block 256, one ticket a block, one block a multiprocessor, dynamic shared memory
 //   attention_backward_128, _unordered_128   164,992 bytes: sm_80 and sm_90, by pairs of warps
 //   attention_backward_compact_128            82,560 bytes: multiprocessors of 100 KB (sm_86, sm_89)
 //   attention_backward_64, _unordered_64      66,688 bytes
@@ -328,8 +328,8 @@ __device__ __forceinline__ void differentiate_tile(const BackwardParams& p) {
   extern __shared__ __align__(128) uint8_t bytes[];
   const uint32_t shared = shared_address(bytes);
   const uint32_t ticket = block_ticket(p.tickets, reinterpret_cast<uint32_t*>(bytes + Place::kTicket));
-  const Tile tile = p.tiles[ticket / p.kv_heads];
-  const uint32_t kv_head = ticket % p.kv_heads;
+  const Tile tile = p.tiles[ticket];
+  const uint32_t kv_head = tile.kv_head;
   const uint32_t group = p.heads / p.kv_heads;
   const int n = tile.row / kKeyTile;
   const Walk walk = {2 * n, (tile.length - 1) / kBlockRows, (kv_head + 1) * group};
@@ -527,8 +527,8 @@ __device__ __forceinline__ void differentiate_tile_by_pairs(const BackwardParams
   extern __shared__ __align__(128) uint8_t bytes[];
   const uint32_t shared = shared_address(bytes);
   const uint32_t ticket = block_ticket(p.tickets, reinterpret_cast<uint32_t*>(bytes + Place::kTicket));
-  const Tile tile = p.tiles[ticket / p.kv_heads];
-  const uint32_t kv_head = ticket % p.kv_heads;
+  const Tile tile = p.tiles[ticket];
+  const uint32_t kv_head = tile.kv_head;
   const uint32_t group = p.heads / p.kv_heads;
   const int n = tile.row / kKeyTile;
   const Walk walk = {2 * n, (tile.length - 1) / kBlockRows, (kv_head + 1) * group};

@@ -22,7 +22,7 @@ const GRADIENT_THREADS: u32 = 128;
 const HOPPER_FORWARD_BYTES: [u32; 2] = [82_056, 163_976];
 const HOPPER_BACKWARD_BYTES: [u32; 2] = [124_344, 214_456];
 const PORTABLE_FORWARD_BYTES: [u32; 2] = [32_768, 65_536];
-const PORTABLE_BACKWARD_BYTES: [u32; 2] = [66_688, 115_840];
+const PORTABLE_BACKWARD_BYTES: [u32; 2] = [66_688, 164_992];
 
 /// Of the kernels for heads of 128 on GPUs whose multiprocessors have 100 KB of shared memory.
 const COMPACT_FORWARD_BYTES: u32 = 49_152;

@@ -3,7 +3,7 @@
 use anyhow::{Context as _, Result, ensure};
 use tch::{Device, Kind, Tensor};
 
-use super::lists::{Block, Lists, Tile};
+use super::lists::{BLOCK, Block, Lists, Tile};
 use crate::kernels::gpu::Gpu;
 
 /// The sizes that all layers share.
@@ -156,8 +156,9 @@ impl AttentionPlan {
             backward: lists.backward.len(),
             blocks: lists.blocks.len(),
         };
-        i32::try_from(counts.forward.max(counts.blocks) as i64 * heads)
-            .with_context(|| format!("{} tiles of {heads} heads are too many at a time", counts.forward))?;
+        // Kernels number the rows of blocks, of all heads, in 32 bits.
+        u32::try_from(counts.blocks as i64 * BLOCK * heads)
+            .with_context(|| format!("{} blocks of {heads} heads are too many at a time", counts.blocks))?;
         let words = if device.is_cuda() { upload(&lists, device)? } else { Tensor::new() };
         Ok(Self { shape, kernel, cu_seqlens: cu_seqlens.to_vec(), device, counts, words })
     }
