@@ -237,8 +237,46 @@ pub struct BenchArgs {
 pub enum BenchCommand {
     /// Each kernel's memory traffic beside what the GPU can do at most.
     Kernels(BenchKernelsArgs),
+    /// Our attention and libtorch's in turn, forward and backward.
+    Attention(BenchAttentionArgs),
     /// Training steps with random weights in a model's shape.
     Train(BenchTrainArgs),
+}
+
+/// `granite bench attention`
+#[derive(Debug, Args)]
+pub struct BenchAttentionArgs {
+    /// Lengths of sequences; each fills a batch of `--tokens`, a longer one is alone.
+    #[arg(long, value_name = "TOKENS", value_delimiter = ',', default_value = "1024,2048,4096,8192,16384")]
+    pub lengths: Vec<u32>,
+
+    /// Tokens of a batch.
+    #[arg(long, default_value_t = 8192)]
+    pub tokens: u32,
+
+    /// Query heads.
+    #[arg(long, default_value_t = 32)]
+    pub heads: u32,
+
+    /// Key and value heads.
+    #[arg(long, default_value_t = 8)]
+    pub kv_heads: u32,
+
+    /// Elements of a head.
+    #[arg(long, default_value_t = 128)]
+    pub head_dim: u32,
+
+    /// Rounds in which everybody has a turn of ten launches; medians are told.
+    #[arg(long, default_value_t = 9)]
+    pub rounds: usize,
+
+    /// Write a page with the curves and the table.
+    #[arg(long, value_name = "FILE")]
+    pub html: Option<PathBuf>,
+
+    /// Print the figures as JSON.
+    #[arg(long)]
+    pub json: bool,
 }
 
 /// `granite bench kernels`

@@ -35,10 +35,12 @@ char* guarded(Body body) noexcept {
 
 Tensor* owned(Tensor tensor) { return new Tensor(std::move(tensor)); }
 
-// Asks libtorch for the same bits every time, as long as it lives. With warn_only attention would only warn.
+// Asks libtorch for the same bits every time, or does not, as long as it lives. With warn_only attention would only warn.
 class Deterministic {
  public:
-  Deterministic() { at::globalContext().setDeterministicAlgorithms(true, /*warn_only=*/false); }
+  explicit Deterministic(bool same_bits) {
+    at::globalContext().setDeterministicAlgorithms(same_bits, /*warn_only=*/false);
+  }
   ~Deterministic() { at::globalContext().setDeterministicAlgorithms(before_, warn_only_); }
   Deterministic(const Deterministic&) = delete;
   Deterministic& operator=(const Deterministic&) = delete;
@@ -107,9 +109,10 @@ char* granite_cudnn_attention(const Tensor* q, const Tensor* k, const Tensor* v,
 }
 
 char* granite_cudnn_attention_backward(const Tensor* d_o, const Tensor* q, const Tensor* k, const Tensor* v,
-                                       const Tensor* const* kept, int64_t batch, double scale, Tensor** gradients) {
+                                       const Tensor* const* kept, int64_t batch, double scale, bool same_bits,
+                                       Tensor** gradients) {
   return guarded([&] {
-    const Deterministic deterministic;
+    const Deterministic deterministic(same_bits);
     const int64_t length = q->size(0) / batch;
     auto [dq, dk, dv] = at::_scaled_dot_product_cudnn_attention_backward(
         by_batch(*d_o, batch), by_batch(*q, batch), by_batch(*k, batch), by_batch(*v, batch),
@@ -137,9 +140,9 @@ char* granite_flash_attention(const Tensor* q, const Tensor* k, const Tensor* v,
 
 char* granite_flash_attention_backward(const Tensor* d_o, const Tensor* q, const Tensor* k, const Tensor* v,
                                        const Tensor* const* kept, const Tensor* cu_seqlens, int64_t longest,
-                                       double scale, Tensor** gradients) {
+                                       double scale, bool same_bits, Tensor** gradients) {
   return guarded([&] {
-    const Deterministic deterministic;
+    const Deterministic deterministic(same_bits);
     auto [dq, dk, dv] = at::_flash_attention_backward(*d_o, *q, *k, *v, *kept[0], *kept[1], *cu_seqlens, *cu_seqlens,
                                                       longest, longest, /*dropout_p=*/0.0, /*is_causal=*/true,
                                                       *kept[2], *kept[3], scale);

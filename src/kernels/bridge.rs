@@ -29,6 +29,7 @@ unsafe extern "C" {
         kept: *const *const C_tensor,
         batch: i64,
         scale: f64,
+        same_bits: bool,
         gradients: *mut *mut C_tensor,
     ) -> *mut c_char;
     fn granite_flash_attention(
@@ -49,6 +50,7 @@ unsafe extern "C" {
         cu_seqlens: *const C_tensor,
         longest: i64,
         scale: f64,
+        same_bits: bool,
         gradients: *mut *mut C_tensor,
     ) -> *mut c_char;
 }
@@ -135,19 +137,20 @@ pub(super) fn cudnn_attention(qkv: [&Tensor; 3], batch: i64, scale: f64) -> Resu
     four(|kept| unsafe { granite_cudnn_attention(q, k, v, batch, scale, kept) })
 }
 
-/// Gradients of [`cudnn_attention`].
+/// Gradients of [`cudnn_attention`]; with `same_bits` the same ones every time.
 pub(super) fn cudnn_attention_backward(
     d_o: &Tensor,
     qkv: [&Tensor; 3],
     kept: &Kept,
     batch: i64,
     scale: f64,
+    same_bits: bool,
 ) -> Result<[Tensor; 3]> {
     let [q, k, v] = qkv.map(Tensor::as_ptr);
     let kept = kept.each_ref().map(Tensor::as_ptr);
     // SAFETY: as above; three are written.
     three(|out| unsafe {
-        granite_cudnn_attention_backward(d_o.as_ptr(), q, k, v, kept.as_ptr(), batch, scale, out)
+        granite_cudnn_attention_backward(d_o.as_ptr(), q, k, v, kept.as_ptr(), batch, scale, same_bits, out)
     })
 }
 
@@ -163,7 +166,7 @@ pub(super) fn flash_attention(
     four(|kept| unsafe { granite_flash_attention(q, k, v, cu_seqlens.as_ptr(), longest, scale, kept) })
 }
 
-/// Gradients of [`flash_attention`].
+/// Gradients of [`flash_attention`]; with `same_bits` the same ones every time.
 pub(super) fn flash_attention_backward(
     d_o: &Tensor,
     qkv: [&Tensor; 3],
@@ -171,6 +174,7 @@ pub(super) fn flash_attention_backward(
     cu_seqlens: &Tensor,
     longest: i64,
     scale: f64,
+    same_bits: bool,
 ) -> Result<[Tensor; 3]> {
     let [q, k, v] = qkv.map(Tensor::as_ptr);
     let kept = kept.each_ref().map(Tensor::as_ptr);
@@ -186,6 +190,7 @@ pub(super) fn flash_attention_backward(
             cu_seqlens,
             longest,
             scale,
+            same_bits,
             out,
         )
     })

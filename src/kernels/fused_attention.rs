@@ -6,7 +6,7 @@
 use anyhow::{Result, ensure};
 use tch::{Device, Kind, Tensor};
 
-use super::attention::{attention_backward_reference, attention_reference};
+use super::attention::{Accumulation, attention_backward_reference, attention_reference};
 use super::bridge::{self, Kept};
 
 /// How a batch's tokens fall into sequences; made once a batch, used by all layers and both passes.
@@ -33,6 +33,11 @@ impl Packing {
         let equal = lengths().all(|length| length == longest).then_some(cu_seqlens.len() as i64 - 1);
         let on_device = Tensor::f_from_slice(cu_seqlens)?.f_to_kind(Kind::Int)?.f_to_device(device)?;
         Ok(Self { cu_seqlens: on_device, longest, equal, on_host: cu_seqlens.to_vec() })
+    }
+
+    /// The same sequences for FlashAttention-2, however long they are.
+    pub fn for_flash(self) -> Self {
+        Self { equal: None, ..self }
     }
 }
 
@@ -64,23 +69,39 @@ pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, packing: &Packing, scale: f
     Ok(AttentionKept(kept))
 }
 
-/// Gradients `[dq, dk, dv]` of [`attention`].
+/// Gradients `[dq, dk, dv]` of [`attention`], the same bits every time.
 ///
 /// # Errors
 /// As [`attention`].
 pub fn attention_backward(
     d_o: &Tensor,
-    [q, k, v]: [&Tensor; 3],
+    qkv: [&Tensor; 3],
     kept: &AttentionKept,
     packing: &Packing,
     scale: f64,
 ) -> Result<[Tensor; 3]> {
+    backward(d_o, qkv, kept, packing, scale, Accumulation::Ordered)
+}
+
+/// As [`attention_backward`], with sums added as asked.
+///
+/// # Errors
+/// As [`attention`].
+pub fn backward(
+    d_o: &Tensor,
+    [q, k, v]: [&Tensor; 3],
+    kept: &AttentionKept,
+    packing: &Packing,
+    scale: f64,
+    accumulation: Accumulation,
+) -> Result<[Tensor; 3]> {
+    let same_bits = accumulation == Accumulation::Ordered;
     if !q.device().is_cuda() {
         let (dq, dk, dv) = attention_backward_reference(d_o, q, k, v, kept.o(), &packing.on_host, scale);
         return Ok([dq, dk, dv]);
     }
     match packing.equal {
-        Some(batch) => bridge::cudnn_attention_backward(d_o, [q, k, v], &kept.0, batch, scale),
+        Some(batch) => bridge::cudnn_attention_backward(d_o, [q, k, v], &kept.0, batch, scale, same_bits),
         None => bridge::flash_attention_backward(
             d_o,
             [q, k, v],
@@ -88,6 +109,7 @@ pub fn attention_backward(
             &packing.cu_seqlens,
             packing.longest,
             scale,
+            same_bits,
         ),
     }
 }

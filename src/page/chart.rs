@@ -19,7 +19,7 @@ const AROUND: f64 = 14.0;
 pub struct Curve {
     /// What it shows.
     pub label: &'static str,
-    /// Its colour: `a` or `b`.
+    /// Its colour: `a`, `b`, `c` or `d`.
     pub class: &'static str,
     /// Finite numbers.
     pub points: Vec<(f64, f64)>,

@@ -167,8 +167,13 @@ fn service() {
 #[test]
 fn a_bench_of_kernels_without_a_gpu() {
     // Why there is none depends on the machine: no driver, no device, no kernels in the build.
-    let said = told(|_| (), &["bench", "kernels", "--html", "page.html"]);
-    assert!(said.starts_with("exit code: 1\n"), "{said}");
-    assert!(said.contains("error: kernels are measured on a GPU: "), "{said}");
-    assert!(said.contains("hint: run this where there is an NVIDIA GPU; `granite doctor` says"), "{said}");
+    for what in ["kernels", "attention"] {
+        let said = told(|_| (), &["bench", what, "--html", "page.html"]);
+        assert!(said.starts_with("exit code: 1\n"), "{said}");
+        assert!(said.contains("error: kernels are measured on a GPU: "), "{said}");
+        assert!(
+            said.contains("hint: run this where there is an NVIDIA GPU; `granite doctor` says"),
+            "{said}"
+        );
+    }
 }

@@ -6,11 +6,10 @@ use std::io::Write as _;
 use anyhow::{Context as _, Result};
 use serde::Serialize;
 
-use super::roofline;
+use super::{gpu, roofline};
 use crate::cli::BenchKernelsArgs;
-use crate::error::user_error;
 use crate::kernels::check::rates::{self, Ceilings, Rate};
-use crate::kernels::{device, driver};
+use crate::kernels::driver;
 use crate::{output, progress};
 
 /// What was measured.
@@ -57,12 +56,7 @@ pub fn run(args: &BenchKernelsArgs) -> Result<()> {
 }
 
 fn measure() -> Result<Figures> {
-    let device = device::cuda().map_err(|error| {
-        user_error(
-            format!("kernels are measured on a GPU: {error}"),
-            "run this where there is an NVIDIA GPU; `granite doctor` says what this machine lacks",
-        )
-    })?;
+    let device = gpu()?;
     // The device that libtorch opens is the driver's first.
     let gpu = driver::probe()?.gpus.first().map_or_else(String::new, |gpu| gpu.name.clone());
     let bar = progress::bar(rates::ALL.len() as u64 + 1, "bench", "kernels");
