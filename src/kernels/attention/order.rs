@@ -102,7 +102,8 @@ mod tests {
 
     #[test]
     fn the_longer_half_goes_back_and_the_shorter_one_on() {
-        let expected = [(0, 0, 1), (0, 1, 1), (0, 0, 0), (0, 1, 0), (0, 0, 2), (0, 1, 2), (0, 0, 3), (0, 1, 3)];
+        let expected =
+            [(0, 0, 1), (0, 1, 1), (0, 0, 0), (0, 1, 0), (0, 0, 2), (0, 1, 2), (0, 0, 3), (0, 1, 3)];
         assert_eq!(order(&[512], 2, 4), expected);
     }
 

@@ -662,6 +662,64 @@ mod tests {
         assert_eq!(told, "5 of 9 cases: case 0: wrong; case 2: wrong; case 4: wrong; case 6: wrong");
     }
 
+    /// What a kernel computes that rounds where ours do, `[o, lse, dq, dk, dv]`, of one sequence.
+    fn imitation(posed: &Posed) -> [Tensor; 5] {
+        let Problem { q, k, v, d_o, scale, .. } = &posed.problem;
+        let group = q.size()[1] / k.size()[1];
+        let wide = |x: &Tensor| x.to_kind(Kind::Float).transpose(0, 1);
+        let shared = |x: &Tensor| wide(x).repeat_interleave_self_int(group, 0, None);
+        let rounded = |x: &Tensor| x.to_kind(Kind::BFloat16).to_kind(Kind::Float);
+        let narrow = |x: &Tensor| x.transpose(0, 1).to_kind(Kind::BFloat16);
+        let (q, k, v, d_o, o) =
+            (wide(q), shared(k), shared(v), wide(d_o), wide(&by_head(&posed.given, &posed.case)));
+        let length = q.size()[1];
+        let future = Tensor::ones([length, length], (Kind::Bool, Device::Cpu)).triu(1);
+        let scores = q.bmm(&k.transpose(1, 2)).masked_fill(&future, f64::NEG_INFINITY);
+        let by = scale * std::f64::consts::LOG2_E;
+        let largest = scores.amax([-1i64].as_slice(), true);
+        let p = (&scores * by - &largest * by).exp2();
+        let sum = p.sum_dim_intlist([-1i64].as_slice(), true, Kind::Float);
+        let found_o = rounded(&p).bmm(&v) / &sum;
+        let lse = ((&largest * by + sum.log2()) * std::f64::consts::LN_2).squeeze_dim(-1);
+
+        let lse2 = (&posed.given_lse * std::f64::consts::LOG2_E).unsqueeze(-1);
+        let p = (&scores * by - lse2).exp2();
+        let delta = (&d_o * o).sum_dim_intlist([-1i64].as_slice(), true, Kind::Float);
+        let ds = rounded(&(&p * (d_o.bmm(&v.transpose(1, 2)) - delta)));
+        let own = |x: Tensor| {
+            let width = x.size()[2];
+            x.view([-1, group, length, width]).sum_dim_intlist([1i64].as_slice(), false, Kind::Float)
+        };
+        let dq = ds.bmm(&k) * *scale;
+        let dk = own(ds.transpose(1, 2).bmm(&q)) * *scale;
+        let dv = own(rounded(&p).transpose(1, 2).bmm(&d_o));
+        [narrow(&found_o), lse, narrow(&dq), narrow(&dk), narrow(&dv)]
+    }
+
+    /// A kernel that is right passes, so what fails is wrong.
+    #[test]
+    fn roundings_of_a_kernel_are_forgiven() {
+        tch::manual_seed(5);
+        for length in [1, 2, 64, 129, 700] {
+            for holds in ALL {
+                for (heads, head_dim) in [([6, 2], 64), ([4, 1], 128)] {
+                    let case = Case { lengths: vec![length], heads, head_dim, holds, packed: true };
+                    let posed = Posed::new(&case, Device::Cpu).unwrap();
+                    let [o, lse, dq, dk, dv] = imitation(&posed);
+                    let described = format!("{case:?}");
+                    let judged = |outcome: Result<()>| outcome.with_context(|| described.clone()).unwrap();
+                    judged(posed.forward.lse.judge("lse", &lse, None));
+                    judged(posed.forward.o.judge("o", &o, posed.twin(0)));
+                    if let Some(wanted) = &posed.backward {
+                        judged(wanted.dq.judge("dq", &dq, posed.twin(1)));
+                        judged(wanted.dk.judge("dk", &dk, posed.twin(2)));
+                        judged(wanted.dv.judge("dv", &dv, posed.twin(3)));
+                    }
+                }
+            }
+        }
+    }
+
     #[test]
     fn packs_have_tokens_and_every_kind_of_operand_is_posed() {
         for holds in ALL {
