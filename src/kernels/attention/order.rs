@@ -11,7 +11,10 @@
 //! is a step behind the one that it follows, for as long as both run; when the shorter half begins, in ascending order,
 //! those that it follows are far ahead. So nobody waits who keeps pace.
 
-use super::lists::{Span, Tile};
+use std::cmp::Reverse;
+use std::collections::BinaryHeap;
+
+use super::lists::{BLOCK, Span, Tile};
 
 /// A sequence and one of its key heads.
 #[derive(Debug, Clone, Copy)]
@@ -39,15 +42,41 @@ pub(super) fn backward(spans: &[Span], kv_heads: i32, workers: usize) -> Vec<Til
         .into_iter()
         .flat_map(|span| (0..kv_heads).map(move |kv_head| Pair { span, kv_head }))
         .collect();
+    let lists = LAST.map(|last| list(&pairs, workers, workers * last / 2));
+    lists.into_iter().min_by_key(|tiles| busiest(tiles, workers)).unwrap_or_default()
+}
+
+/// Candidates: a last run of pairs that fills less than so many halves of the GPU joins the one before it. Which evens the
+/// work out best depends on the lengths.
+const LAST: [usize; 3] = [0, 1, 3];
+
+fn list(pairs: &[Pair<'_>], workers: usize, last: usize) -> Vec<Tile> {
     let mut tiles = Vec::new();
-    let mut rest = pairs.as_slice();
+    let mut rest = pairs;
     while !rest.is_empty() {
-        let (together, later) = rest.split_at(at_a_time(rest, workers));
+        let mut count = at_a_time(rest, workers);
+        if rest[count..].iter().map(|pair| pair.half() as usize).sum::<usize>() < last {
+            count = rest.len();
+        }
+        let (together, later) = rest.split_at(count);
         tiles.extend(longer_half(together));
         tiles.extend(shorter_half(together));
         rest = later;
     }
     tiles
+}
+
+/// Blocks of queries that the busiest of `workers` goes through, when nobody waits.
+fn busiest(tiles: &[Tile], workers: usize) -> i32 {
+    let mut busy: BinaryHeap<Reverse<i32>> = (0..workers.max(1)).map(|_| Reverse(0)).collect();
+    let mut most = 0;
+    for tile in tiles {
+        if let Some(mut least) = busy.peek_mut() {
+            least.0 += (tile.length - tile.row - 1) / BLOCK as i32 + 1;
+            most = most.max(least.0);
+        }
+    }
+    most
 }
 
 /// How many of the first pairs fill `workers` with the longer half of their tiles, at least one.
@@ -121,22 +150,12 @@ mod tests {
         assert_eq!(starts, [[100; 8].as_slice(), [1100; 3].as_slice(), [0].as_slice()].concat());
     }
 
-    /// Blocks of queries that the busiest of `workers` goes through over the mean, when nobody waits.
-    fn imbalance(lengths: &[i32], kv_heads: i32, workers: usize) -> f64 {
-        let mut busy = vec![0; workers];
-        for tile in backward(&spans(lengths), kv_heads, workers) {
-            if let Some(first) = busy.iter_mut().min() {
-                *first += (tile.length - tile.row + 63) / 64;
-            }
-        }
-        let all: i32 = busy.iter().sum();
-        f64::from(busy.iter().max().copied().unwrap_or(0)) * workers as f64 / f64::from(all)
-    }
-
     #[test]
     fn work_is_spread_evenly_at_the_sizes_of_training() {
         for lengths in [vec![2048; 4], vec![4096; 2], vec![8192], vec![1024; 8], vec![700; 12]] {
-            let imbalance = imbalance(&lengths, 8, 132);
+            let tiles = backward(&spans(&lengths), 8, 132);
+            let all: i32 = tiles.iter().map(|tile| (tile.length - tile.row + 63) / 64).sum();
+            let imbalance = f64::from(busiest(&tiles, 132)) * 132.0 / f64::from(all);
             assert!(imbalance < 1.1, "{lengths:?}: {imbalance}");
         }
     }
