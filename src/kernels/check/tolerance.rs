@@ -139,12 +139,12 @@ impl Reference<'_> {
         let error = self.error(found, self.value);
         let allowed = self.allowed(found.kind());
         // Written so that an error that is no number exceeds what is allowed.
-        let beyond = error.le_tensor(&allowed).logical_not().view([-1]);
+        let beyond = error.le_tensor(&allowed).logical_not().reshape([-1]);
         let count = beyond.sum(Kind::Int64).int64_value(&[]);
         if count == 0 {
             return Ok(());
         }
-        let ratio = (&error / &allowed).view([-1]);
+        let ratio = (&error / &allowed).reshape([-1]);
         let ratio = ratio
             .nan_to_num(f64::INFINITY, f64::INFINITY, 0.0)
             .where_self(&beyond, &Tensor::from(0.0).to_device(ratio.device()).to_kind(Kind::Double));
