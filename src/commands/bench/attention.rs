@@ -373,13 +373,16 @@ impl Pass {
 }
 
 /// Who was there in at least one row of a pass.
-pub(super) fn present(figures: &Figures, pass: fn(&Row) -> &Pass) -> Vec<&'static str> {
+pub(super) fn present(figures: &Figures, pass: PassOf) -> Vec<&'static str> {
     let there = |name: &&str| figures.rows.iter().any(|row| pass(row).ms.contains_key(name));
     COLUMNS.iter().map(|entrant| entrant.name()).filter(there).collect()
 }
 
+/// Finds a pass in a row.
+pub(super) type PassOf = fn(&Row) -> &Pass;
+
 /// The two passes with their names.
-pub(super) const PASSES: [(&str, fn(&Row) -> &Pass); 2] =
+pub(super) const PASSES: [(&str, PassOf); 2] =
     [("forward", |row| &row.forward), ("backward", |row| &row.backward)];
 
 fn table(figures: &Figures) -> String {

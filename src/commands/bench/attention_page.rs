@@ -2,7 +2,7 @@
 
 use std::fmt::Write as _;
 
-use super::attention::{Figures, PASSES, Pass, Row, beside, number, present};
+use super::attention::{Figures, PASSES, PassOf, Row, beside, number, present};
 use crate::page::chart::{Curve, curves};
 use crate::page::{document, escape};
 
@@ -28,7 +28,7 @@ pub(super) fn page(figures: &Figures) -> String {
 }
 
 /// Over the batches that are of one length and not packed.
-fn plot(figures: &Figures, name: &str, pass: fn(&Row) -> &Pass) -> String {
+fn plot(figures: &Figures, name: &str, pass: PassOf) -> String {
     let lines = DRAWN.map(|(label, class)| {
         let rows = figures.rows.iter().filter(|row| !row.packed);
         let point = |row: &Row| Some((*row.lengths.first()? as f64, *pass(row).tflop_per_s.get(label)?));
@@ -39,7 +39,7 @@ fn plot(figures: &Figures, name: &str, pass: fn(&Row) -> &Pass) -> String {
     curves(&format!("TFLOP/s {name}"), "tokens of a sequence", &lines)
 }
 
-fn table(figures: &Figures, name: &str, pass: fn(&Row) -> &Pass) -> String {
+fn table(figures: &Figures, name: &str, pass: PassOf) -> String {
     let columns = present(figures, pass);
     let mut text =
         format!("<table class=\"numbers\">\n<caption>{name}, TFLOP/s</caption>\n<tr><th>batch</th>");

@@ -155,7 +155,7 @@ impl Sequence {
     }
 
     /// The inverse.
-    fn from_group(&self, x: &Tensor, rows: i64) -> Tensor {
+    fn by_row(&self, x: &Tensor, rows: i64) -> Tensor {
         let size = x.size();
         x.view([size[0], self.group, rows, size[2]]).permute([2, 0, 1, 3]).reshape([rows, -1, size[2]])
     }
@@ -182,8 +182,8 @@ impl Sequence {
             let moved = (&p - p.square()).bmm(&v.abs()) * self.score_noise.min(1.0);
             let f32_noise = p.bmm(&v.abs()) * F32_NOISE;
             o.push(Defined {
-                value: self.from_group(&p.bmm(&v), rows),
-                noise: self.from_group(&(rounding + moved + f32_noise), rows),
+                value: self.by_row(&p.bmm(&v), rows),
+                noise: self.by_row(&(rounding + moved + f32_noise), rows),
             });
             let value = sums.view([-1, rows]);
             lse.push(Defined { noise: value.abs() * F32_NOISE + self.score_noise, value });
@@ -212,8 +212,8 @@ impl Sequence {
             let rounding = problem.rounding(&ds.square().bmm(&k.square()), &ds.abs().bmm(&k.abs()));
             let noise = (rounding + ds_terms.bmm(&k.abs()) * self.score_noise) * scale.abs();
             dq.push(Defined {
-                value: self.from_group(&(ds.bmm(&k) * scale), rows),
-                noise: self.from_group(&noise, rows),
+                value: self.by_row(&(ds.bmm(&k) * scale), rows),
+                noise: self.by_row(&noise, rows),
             });
         }
         let [dk, dv] = [(dk, scale), (dv, 1.0)].map(|(sums, by)| sums.defined(problem, self.score_noise, by));
