@@ -141,10 +141,7 @@ struct Announcement {
 
 // One ticket, for the whole block.
 __device__ __forceinline__ uint32_t block_ticket(uint32_t* tickets, uint32_t* shared_ticket) {
-  if (threadIdx.x == 0) {
-    *shared_ticket = take_ticket(tickets);
-    return_tickets(tickets);
-  }
+  if (threadIdx.x == 0) *shared_ticket = take_ticket(tickets);
   __syncthreads();
   return *shared_ticket;
 }
@@ -445,6 +442,7 @@ __device__ __forceinline__ void differentiate_tile(const BackwardParams& p) {
     __syncthreads();
     if (threadIdx.x == 0) before.make(p.semaphores);
   }
+  if (threadIdx.x == 0) return_tickets(p.tickets);
 
   const uint64_t token = static_cast<uint32_t>(tile.start + tile.row);
   const uint32_t column = kv_head * kHeadDim;
@@ -628,6 +626,7 @@ __device__ __forceinline__ void differentiate_tile_by_pairs(const BackwardParams
     __syncthreads();
     if (threadIdx.x == 0) before.make(p.semaphores);
   }
+  if (threadIdx.x == 0) return_tickets(p.tickets);
 
   const uint64_t token = static_cast<uint32_t>(tile.start + tile.row);
   const uint32_t column = kv_head * kHeadDim + kHeadDim / 2 * half;

@@ -140,10 +140,7 @@ __device__ __forceinline__ void attend(const ForwardParams& p) {
   const uint32_t v_tile = k_tile + kKeys * Rows::kRowBytes;
 
   __shared__ uint32_t shared_ticket;
-  if (threadIdx.x == 0) {
-    shared_ticket = take_ticket(p.tickets);
-    return_tickets(p.tickets);
-  }
+  if (threadIdx.x == 0) shared_ticket = take_ticket(p.tickets);
   __syncthreads();
   uint32_t ticket = shared_ticket;
   const auto [tile, head, kv_head] = work_of(p, ticket);
@@ -211,6 +208,7 @@ __device__ __forceinline__ void attend(const ForwardParams& p) {
     values<kHeadDim, kKeys>(o, s, v_tile);
   }
 
+  if (threadIdx.x == 0) return_tickets(p.tickets);  // here its fence delays nobody
   // Read again rather than kept in registers all the way.
   ticket = *static_cast<volatile uint32_t*>(&shared_ticket);
   const Work work = work_of(p, ticket);
