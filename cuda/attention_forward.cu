@@ -168,7 +168,10 @@ __device__ __forceinline__ void attend(const ForwardParams& p) {
 
   for (; n >= 0; --n) {
     const int first_key = n * kKeys;
-    const bool sees = first_key < first_row + kWarpRows;
+    // The same in all lanes. Where the compiler knows it, it mixes more instructions and wants more registers; for small
+    // tiles it finds none.
+    bool sees = first_key < first_row + kWarpRows;
+    if (kKeys == 64) sees = __any_sync(granite::kAllLanes, sees);
     float s[kParts][kKeys / 8][4];
 
     forget(start), forget(kv_column);  // Pointers that follow from them would take registers that the sums need.
