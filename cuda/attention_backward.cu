@@ -41,7 +41,6 @@ namespace {
 using namespace granite::attention;
 using namespace granite::mma;
 using granite::Bf16x8;
-using granite::kAllLanes;
 using granite::pack;
 
 constexpr int kThreads = 256;
