@@ -565,6 +565,28 @@ mod tests {
         }
     }
 
+    /// A launch with less shared memory than its kernel uses would be an illegal access on the GPU.
+    #[test]
+    fn shared_memory_is_what_the_sources_assert() {
+        let hopper = |[narrow, wide]: [u32; 2]| format!("kBytes<128> == {wide} && kBytes<64> == {narrow}");
+        let forward = include_str!("../../../cuda/attention_hopper_forward.cu");
+        assert!(forward.contains(&hopper(HOPPER_FORWARD_BYTES)));
+        let backward = include_str!("../../../cuda/attention_hopper_backward.cu");
+        assert!(backward.contains(&hopper(HOPPER_BACKWARD_BYTES)));
+        let portable = include_str!("../../../cuda/attention_forward.cu");
+        let [narrow, wide] = PORTABLE_FORWARD_BYTES;
+        for (kernel, bytes) in [("128, 64", wide), ("128, 32", COMPACT_FORWARD_BYTES), ("64, 64", narrow)] {
+            assert!(portable.contains(&format!("kBytes<{kernel}> == {bytes}")), "{kernel}");
+        }
+        let portable = include_str!("../../../cuda/attention_backward.cu");
+        let [narrow, wide] = PORTABLE_BACKWARD_BYTES;
+        for (kernel, bytes) in
+            [("128, 2, true", wide), ("128, 1, false", COMPACT_BACKWARD_BYTES), ("64, 2, false", narrow)]
+        {
+            assert!(portable.contains(&format!("Shared<{kernel}>::kBytes == {bytes}")), "{kernel}");
+        }
+    }
+
     #[test]
     fn refuses_operands_that_do_not_fit() {
         let told = |tensor: &Tensor| Heads::new("q", tensor, [5, 4, 64]).unwrap_err().to_string();
