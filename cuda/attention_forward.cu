@@ -218,7 +218,7 @@ __device__ __forceinline__ void attend(const ForwardParams& p) {
 #pragma unroll
   for (int part = 0; part < kParts; ++part) {
     float lse[2];
-    const float2 inverse = softmax[part].finish(scale_log2, lse);
+    const float2 inverse = softmax[part].finish(lse);
     store<kHeadDim>(p, work.tile, work.head, first_row + 16 * part + threadIdx.x % 32 / 4, o[part], inverse, lse);
   }
 }

@@ -241,7 +241,7 @@ __device__ __forceinline__ void compute(const HopperForwardParams& p, Shared<kHe
     products_begin();
     values<kHeadDim>(o, probabilities, by_columns(shared.v[values_pipe.stage][0], kKeyTile * 128), last > 0);
     float lse[2];
-    const float2 inverse = softmax.finish(scale_log2, lse);
+    const float2 inverse = softmax.finish(lse);
     products_wait<0>();
     settle(o);
     __syncwarp();

@@ -190,23 +190,26 @@ __device__ __forceinline__ void mask_causal(float (&s)[kColumns][4], int row, in
 // Softmax of rows that arrive a tile of columns at a time (Milakov and Gimelshein 2018). Two rows a lane; the four lanes
 // of a quad share them.
 struct Softmax {
-  float max[2] = {-INFINITY, -INFINITY};  // of the raw scores so far
+  float max[2] = {-INFINITY, -INFINITY};  // of the scores so far, times scale_log2, rounded
   float sum[2] = {0.0f, 0.0f};            // this lane's part of the sum of exponentials
 
-  // Turns raw scores into exp2(scale_log2 * (score - max)) and gives the factors for what was summed before.
+  // Turns raw scores into exp2(scale_log2 * score - max) and gives the factors for what was summed before: exactly 1 where
+  // the maximum stays, because both are the same rounded product. What its rounding leaves over when scores are large is
+  // then the same in all tiles. scale_log2 is positive.
   template <bool kFirst, int kColumns>
   __device__ __forceinline__ float2 update(float (&s)[kColumns][4], float scale_log2) {
     float factors[2];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      float now = max[r];
+      float now = s[0][2 * r];
 #pragma unroll
       for (int j = 0; j < kColumns; ++j) now = fmaxf(now, fmaxf(s[j][2 * r], s[j][2 * r + 1]));
       now = fmaxf(now, __shfl_xor_sync(kAllLanes, now, 1));
       now = fmaxf(now, __shfl_xor_sync(kAllLanes, now, 2));
+      now = fmaxf(max[r], __fmul_rn(now, scale_log2));
       // A row that sees nothing yet stays at 0 rather than at inf - inf.
-      const float shift = now == -INFINITY ? 0.0f : now * scale_log2;
-      factors[r] = kFirst ? 1.0f : exp2_fast(fmaf(max[r], scale_log2, -shift));
+      const float shift = now == -INFINITY ? 0.0f : now;
+      factors[r] = kFirst ? 1.0f : exp2_fast(max[r] - shift);
       max[r] = now;
       float added = 0.0f;
 #pragma unroll
@@ -223,7 +226,7 @@ struct Softmax {
   }
 
   // After the last tile: one over each row's sum, and the natural logarithm of its sum of exponentials in lse.
-  __device__ __forceinline__ float2 finish(float scale_log2, float (&lse)[2]) {
+  __device__ __forceinline__ float2 finish(float (&lse)[2]) {
     float inverse[2];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
@@ -232,7 +235,7 @@ struct Softmax {
       total += __shfl_xor_sync(kAllLanes, total, 2);
       // No key was seen only by rows past the end of a sequence, which nobody reads.
       inverse[r] = total == 0.0f ? 0.0f : 1.0f / total;
-      lse[r] = fmaf(max[r], scale_log2, __log2f(total)) * kLn2;
+      lse[r] = (max[r] + __log2f(total)) * kLn2;
     }
     return make_float2(inverse[0], inverse[1]);
   }

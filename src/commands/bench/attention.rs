@@ -11,7 +11,7 @@ use anyhow::{Context as _, Result, ensure};
 use serde::Serialize;
 use tch::{Device, Kind, Tensor};
 
-use super::{attention_page, gpu};
+use super::{attention_page, eager, gpu};
 use crate::cli::BenchAttentionArgs;
 use crate::kernels::attention::{
     self, Accumulation, AttentionKernel, AttentionPlan, AttentionScratch, AttentionShape, BackwardOperands,
@@ -41,6 +41,8 @@ pub(super) struct Figures {
     pub heads: i64,
     pub kv_heads: i64,
     pub head_dim: i64,
+    /// Bytes that an attention which writes its scores out takes for each of them, as measured.
+    pub eager_bytes_per_score: f64,
     pub rows: Vec<Row>,
 }
 
@@ -56,8 +58,8 @@ pub(super) struct Row {
     pub backward: Pass,
     /// Bytes that ours takes beside queries, keys, values, output, log-sum-exp and their gradients.
     pub beside_bytes: i64,
-    /// Bytes of all probabilities and their gradients in bf16, which an attention that writes them out would take.
-    pub naive_bytes: i64,
+    /// Bytes that an attention which writes its scores out would take there.
+    pub eager_bytes: f64,
 }
 
 /// One pass, by who computed it.
@@ -131,10 +133,13 @@ pub fn run(args: &BenchAttentionArgs) -> Result<()> {
     };
     let batches = batches(args)?;
     let bar = progress::bar(batches.len() as u64, "bench", "batches");
+    let eager_bytes_per_score = eager::bytes_per_score(shape, device)?;
     let mut rows = Vec::new();
     for batch in batches {
         let name = batch.name.clone();
-        rows.push(measure(batch, shape, args.rounds, device).with_context(|| format!("batch {name}"))?);
+        let row = measure(batch, shape, args.rounds, device).with_context(|| format!("batch {name}"))?;
+        let eager_bytes = eager_bytes_per_score * row.scores(shape);
+        rows.push(Row { eager_bytes, ..row });
         bar.inc(1);
     }
     bar.finish_and_clear();
@@ -144,6 +149,7 @@ pub fn run(args: &BenchAttentionArgs) -> Result<()> {
         heads: shape.heads,
         kv_heads: shape.kv_heads,
         head_dim: shape.head_dim,
+        eager_bytes_per_score,
         rows,
     };
     if let Some(file) = &args.html {
@@ -175,6 +181,14 @@ fn batches(args: &BenchAttentionArgs) -> Result<Vec<BatchOf>> {
     batches.push(of(1024.min(tokens), true));
     batches.push(BatchOf { name: "packed uneven 8192".to_string(), lengths: UNEVEN.to_vec(), packed: true });
     Ok(batches)
+}
+
+impl Row {
+    /// Scores of all heads, hidden ones too.
+    fn scores(&self, shape: AttentionShape) -> f64 {
+        let squares: f64 = self.lengths.iter().map(|length| (*length as f64).powi(2)).sum();
+        squares * shape.heads as f64
+    }
 }
 
 /// FLOP of the forward pass.
@@ -308,12 +322,11 @@ fn measure(batch: BatchOf, shape: AttentionShape, rounds: usize, device: Device)
         time(&entrants, takes_part, run, rounds)
             .map(|seconds| Pass::new(&seconds, factor * forward_flop(shape, &batch.lengths)))
     });
-    let squares: i64 = batch.lengths.iter().map(|length| length * length).sum();
     Ok(Row {
         forward: first?,
         backward: second?,
         beside_bytes,
-        naive_bytes: 2 * shape.heads * squares * 2,
+        eager_bytes: f64::NAN,
         name: batch.name,
         lengths: batch.lengths,
         packed: batch.packed,
@@ -408,7 +421,8 @@ fn table(figures: &Figures) -> String {
     }
     let _ = writeln!(
         text,
-        "\nmemory beside operands and gradients, MiB; of bf16 probabilities and their gradients"
+        "\nmemory beside operands and gradients, MiB, and of what eager attention takes ({:.1} bytes a score)",
+        figures.eager_bytes_per_score
     );
     for row in &figures.rows {
         let (mib, share) = beside(row);
@@ -417,10 +431,10 @@ fn table(figures: &Figures) -> String {
     text
 }
 
-/// MiB beside the operands, and per cent of what a naive attention takes.
+/// MiB beside the operands, and per cent of what eager attention takes.
 pub(super) fn beside(row: &Row) -> (f64, f64) {
     let mib = row.beside_bytes as f64 / f64::from(1 << 20);
-    (mib, 100.0 * row.beside_bytes as f64 / row.naive_bytes.max(1) as f64)
+    (mib, 100.0 * row.beside_bytes as f64 / row.eager_bytes)
 }
 
 pub(super) fn number(value: Option<&f64>, places: usize) -> String {
@@ -443,7 +457,7 @@ pub(super) mod tests {
             forward: Pass::new(&seconds, flop),
             backward: Pass::new(&seconds, 2.5 * flop),
             beside_bytes: 3 << 20,
-            naive_bytes: 300 << 20,
+            eager_bytes: f64::from(300 << 20),
         }
     }
 
@@ -467,6 +481,7 @@ pub(super) mod tests {
             heads: 32,
             kv_heads: 8,
             head_dim: 128,
+            eager_bytes_per_score: 16.0,
             rows,
         }
     }

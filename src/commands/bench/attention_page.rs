@@ -59,9 +59,10 @@ fn table(figures: &Figures, name: &str, pass: PassOf) -> String {
 }
 
 fn memory(figures: &Figures) -> String {
-    let mut text = String::from(
+    let mut text = format!(
         "<table class=\"numbers\">\n<caption>Memory beside operands and gradients</caption>\n\
-         <tr><th>batch</th><th>MiB</th><th>of bf16 probabilities and their gradients</th></tr>\n",
+         <tr><th>batch</th><th>MiB</th><th>of eager attention ({:.1} bytes a score)</th></tr>\n",
+        figures.eager_bytes_per_score
     );
     for row in &figures.rows {
         let (mib, share) = beside(row);

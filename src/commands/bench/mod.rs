@@ -2,6 +2,7 @@
 
 mod attention;
 mod attention_page;
+mod eager;
 mod kernels;
 mod roofline;
 mod train;

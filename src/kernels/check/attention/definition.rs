@@ -70,6 +70,9 @@ const HELD: i64 = 32 << 20;
 const ROUNDING: f64 = 1.0 / (1 << 9) as f64;
 const SIGMAS: f64 = 6.0;
 
+/// What a sum loses, at most, because a GPU takes exponentials below f32's smallest normal number, 2⁻¹²⁶, for 0.
+const FLUSHED: f64 = f64::from_bits((1023 - 100) << 52);
+
 /// The forward pass.
 pub(super) fn forward(problem: &Problem) -> Forward {
     let parts: Vec<(Defined, Defined)> =
@@ -100,7 +103,9 @@ impl Problem {
 
     /// What is allowed of a sum of rounded terms: `squares` is the sum of their squares, `magnitudes` that of their magnitudes.
     fn rounding(&self, squares: &Tensor, magnitudes: &Tensor) -> Tensor {
-        if self.alike { magnitudes * (2.0 * ROUNDING) } else { squares.sqrt() * (SIGMAS * ROUNDING) }
+        let rounding =
+            if self.alike { magnitudes * (2.0 * ROUNDING) } else { squares.sqrt() * (SIGMAS * ROUNDING) };
+        rounding + FLUSHED
     }
 }
 
