@@ -8,12 +8,17 @@ seed and name (src/model/init.rs) and are computed here again.
     python scripts/oracle/follow_peft.py RUN_FOLDER DATASET_FOLDER BASE.gguf [--steps N]
 
 In float32 on the CPU, one sequence at a time. With `--gpu` as people train: bitsandbytes' 4-bit layers and bfloat16
-autocast, the sequences of a step padded into one batch; `--attention` chooses transformers' implementation, and two runs
-with different ones show how far PEFT is from itself.
+autocast, the sequences of a step padded into one batch; `--attention` chooses transformers' implementation, and two of them
+show how far PEFT is from itself.
+
+In bfloat16 PEFT rounds the base's product and the adapter's and rounds their sum again: what a young adapter adds is lost
+below half a unit in the last place of the base's. `--adapter-sum f32` keeps both in float32 until their sum is rounded, as
+the program does, and leaves all else to PEFT: it tells that loss from other differences.
 """
 
 import argparse
-
+import functools
+import itertools
 import json
 import tempfile
 import tomllib
@@ -24,6 +29,7 @@ import pyarrow.parquet as parquet
 import torch
 from check_adapter import load_base
 from peft import LoraConfig, get_peft_model
+from peft.tuners.lora import LoraLayer
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 MASK = (1 << 64) - 1
@@ -70,6 +76,27 @@ def adapted(base: torch.nn.Module, recipe: dict):
                 key = name.removeprefix("base_model.model.").replace(".default.", ".")
                 parameter.copy_(uniform(seed, key, parameter.shape, parameter.shape[1] ** -0.5))
     return model.train()
+
+
+def forward_in_f32(layer: LoraLayer, x: torch.Tensor) -> torch.Tensor:
+    """A LoRA layer's output, rounded once. The adapter's inner product is rounded to the activations' dtype, as under autocast."""
+    weight = layer.base_layer.weight
+    if hasattr(weight, "quant_state"):
+        from bitsandbytes.functional import dequantize_4bit
+
+        weight = dequantize_4bit(weight.data, weight.quant_state).to(x.dtype)
+    a, b = (getattr(layer, name)["default"].weight.to(x.dtype) for name in ("lora_A", "lora_B"))
+    with torch.autocast(x.device.type, enabled=False):
+        inner = (x @ a.T * layer.scaling["default"]).float()
+        return (x.float() @ weight.float().T + inner @ b.float().T).to(x.dtype)
+
+
+def sum_in_f32(model: torch.nn.Module) -> None:
+    # Operands are bfloat16 values, which TF32 holds: its products are exact, and its sums float32.
+    torch.backends.cuda.matmul.allow_tf32 = True
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            module.forward = functools.partial(forward_in_f32, module)
 
 
 def sequences_of(row: dict):
@@ -136,9 +163,31 @@ def arguments() -> argparse.Namespace:
         parser.add_argument(name, type=Path)
     parser.add_argument("--steps", type=int)
     parser.add_argument("--gpu", action="store_true")
-    parser.add_argument("--attention", default="sdpa", choices=["sdpa", "eager"])
+    parser.add_argument("--attention", nargs="+", default=["sdpa"], choices=["sdpa", "eager"])
+    parser.add_argument("--adapter-sum", default="peft", choices=["peft", "f32"])
     parser.add_argument("--losses", type=Path, help="where PEFT's losses go, as JSON")
     return parser.parse_args()
+
+
+def follow(model, steps: list[dict], table: list[dict], train: dict, step_of_rows) -> list[float]:
+    """Trains on the rows of each step, at its rate; the losses."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(
+        parameters, lr=1.0, betas=tuple(train["betas"]), eps=train["eps"], weight_decay=train["weight_decay"]
+    )
+    losses = []
+    print(f"{'step':>5} {'granite':>10} {'peft':>10} {'difference':>11}")
+    for event in steps:
+        for group in optimizer.param_groups:
+            group["lr"] = event["lr"]
+        optimizer.zero_grad()
+        loss = step_of_rows(model, [table[row] for row in event["rows"]])
+        if train["max_grad_norm"] > 0:
+            torch.nn.utils.clip_grad_norm_(parameters, train["max_grad_norm"])
+        optimizer.step()
+        losses.append(loss)
+        print(f"{event['step']:>5} {event['loss']:>10.6f} {loss:>10.6f} {event['loss'] - loss:>11.2e}", flush=True)
+    return losses
 
 
 def main() -> None:
@@ -152,27 +201,17 @@ def main() -> None:
     assert "rows" in steps[0], "the metrics do not tell which rows a step took"
     table = parquet.read_table(dataset / "train.parquet").to_pylist()
     train = recipe["train"]
-    model = adapted(load_4bit(base.resolve(), options.attention) if options.gpu else load_base(base), recipe)
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(
-        parameters, lr=1.0, betas=tuple(train["betas"]), eps=train["eps"], weight_decay=train["weight_decay"]
-    )
-    losses = []
-    print(f"{'step':>5} {'granite':>10} {'peft':>10} {'difference':>11}")
-    for event in steps:
-        for group in optimizer.param_groups:
-            group["lr"] = event["lr"]
-        optimizer.zero_grad()
-        loss = (padded_step if options.gpu else step_of)(model, [table[row] for row in event["rows"]])
-        if train["max_grad_norm"] > 0:
-            torch.nn.utils.clip_grad_norm_(parameters, train["max_grad_norm"])
-        optimizer.step()
-        losses.append(loss)
-        print(f"{event['step']:>5} {event['loss']:>10.6f} {loss:>10.6f} {event['loss'] - loss:>11.2e}", flush=True)
-    differences = [abs(event["loss"] - loss) for event, loss in zip(steps, losses)]
-    print(f"differences: mean {sum(differences) / len(differences):.2e}, largest {max(differences):.2e}")
+    losses = {"granite": [event["loss"] for event in steps]}
+    for attention in options.attention if options.gpu else ["f32"]:
+        model = adapted(load_4bit(base.resolve(), attention) if options.gpu else load_base(base), recipe)
+        if options.adapter_sum == "f32":
+            sum_in_f32(model)
+        losses[attention] = follow(model, steps, table, train, padded_step if options.gpu else step_of)
+    for (one, first), (other, second) in itertools.combinations(losses.items(), 2):
+        differences = [abs(a - b) for a, b in zip(first, second)]
+        print(f"{one} and {other}: mean {sum(differences) / len(differences):.2e}, largest {max(differences):.2e}")
     if options.losses:
-        options.losses.write_text(json.dumps({"granite": [event["loss"] for event in steps], "peft": losses}))
+        options.losses.write_text(json.dumps(losses))
 
 
 if __name__ == "__main__":

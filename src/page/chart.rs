@@ -9,8 +9,9 @@ use super::escape;
 pub const WIDTH: f64 = 860.0;
 /// Its usual height.
 const HEIGHT: f64 = 300.0;
-/// Room for labels: left of the plot, below and around it.
+/// Room for labels: left of the plot, above it, below and on its right.
 pub const LEFT: f64 = 70.0;
+const ABOVE: f64 = 24.0;
 const BELOW: f64 = 40.0;
 const AROUND: f64 = 14.0;
 
@@ -41,7 +42,7 @@ impl Frame {
     pub fn place(&self, (x, y): (f64, f64)) -> (f64, f64) {
         (
             LEFT + self.x.share(x) * (self.right() - LEFT),
-            self.bottom() - self.y.share(y) * (self.bottom() - AROUND),
+            self.bottom() - self.y.share(y) * (self.bottom() - ABOVE),
         )
     }
 
@@ -113,7 +114,7 @@ pub fn curves(title: &str, x_name: &str, curves: &[Curve]) -> String {
                 inside,
                 "<text class=\"{}\" x=\"{at}\" y=\"{}\">{}</text>",
                 curve.class,
-                AROUND + 14.0,
+                ABOVE - 10.0,
                 curve.label
             );
         }
