@@ -11,10 +11,10 @@
 //
 // Shape      A block keeps 128 keys and values of one key head and walks, for each query head of its group, the blocks of
 //   64 queries from its diagonal on, so dK and dV stay in registers until all heads have given their part. Scores are
-//   computed transposed, keys down and queries across: P and dS are then the left operands of dV += P^T dO and
-//   dK += dS^T Q as they lie in registers. For dQ = dS K both warpgroups put their half of dS into shared memory, and each
-//   computes half of the columns; two warps take turns to add them to dq_sums, by TMA, when it is the tile's turn.
-//   The scores of the next block are on the tensor cores while dQ of this one is written.
+//   computed transposed, keys down and queries across: P is then the left operand of dV += P^T dO as it lies in
+//   registers. Both warpgroups put their half of dS into shared memory, for dK += dS^T Q, to have its registers back, and
+//   for dQ = dS K, of which each computes half of the columns; two warps take turns to add them to dq_sums, by TMA, when
+//   it is the tile's turn. The scores of the next block are on the tensor cores while dS of this one is gathered.
 //   In a tile's first block no query sees the upper 64 keys.
 //
 // Cost       10 d FLOPs a visible pair. dq_sums takes 4 d bytes a row for every key tile, in L2 mostly.

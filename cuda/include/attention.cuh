@@ -201,12 +201,9 @@ struct Softmax {
     float factors[2];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      // In four chains, and sums in two: one of all columns would be longer than what there is to do beside it.
-      float largest[4] = {s[0][2 * r], s[0][2 * r], s[0][2 * r], s[0][2 * r]};
+      float now = s[0][2 * r];
 #pragma unroll
-      for (int j = 0; j < kColumns; ++j)
-        largest[j % 4] = fmaxf(largest[j % 4], fmaxf(s[j][2 * r], s[j][2 * r + 1]));
-      float now = fmaxf(fmaxf(largest[0], largest[1]), fmaxf(largest[2], largest[3]));
+      for (int j = 0; j < kColumns; ++j) now = fmaxf(now, fmaxf(s[j][2 * r], s[j][2 * r + 1]));
       now = fmaxf(now, __shfl_xor_sync(kAllLanes, now, 1));
       now = fmaxf(now, __shfl_xor_sync(kAllLanes, now, 2));
       now = fmaxf(max[r], __fmul_rn(now, scale_log2));
@@ -214,16 +211,16 @@ struct Softmax {
       const float shift = now == -INFINITY ? 0.0f : now;
       factors[r] = kFirst ? 1.0f : exp2_fast(max[r] - shift);
       max[r] = now;
-      float added[2] = {0.0f, 0.0f};
+      float added = 0.0f;
 #pragma unroll
       for (int j = 0; j < kColumns; ++j) {
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
           s[j][2 * r + e] = exp2_fast(fmaf(s[j][2 * r + e], scale_log2, -shift));
-          added[e] += s[j][2 * r + e];
+          added += s[j][2 * r + e];
         }
       }
-      sum[r] = fmaf(kFirst ? 0.0f : sum[r], factors[r], added[0] + added[1]);
+      sum[r] = kFirst ? added : fmaf(sum[r], factors[r], added);
     }
     return make_float2(factors[0], factors[1]);
   }
