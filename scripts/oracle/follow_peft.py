@@ -87,12 +87,14 @@ def forward_in_f32(layer: LoraLayer, x: torch.Tensor) -> torch.Tensor:
         weight = dequantize_4bit(weight.data, weight.quant_state).to(x.dtype)
     a, b = (getattr(layer, name)["default"].weight.to(x.dtype) for name in ("lora_A", "lora_B"))
     with torch.autocast(x.device.type, enabled=False):
-        inner = (x @ a.T * layer.scaling["default"]).float()
-        return (x.float() @ weight.float().T + inner @ b.float().T).to(x.dtype)
+        inner = (x @ a.T).float()
+        return (x.float() @ weight.float().T + layer.scaling["default"] * (inner @ b.float().T)).to(x.dtype)
 
 
 def sum_in_f32(model: torch.nn.Module) -> None:
-    # Operands are bfloat16 values, which TF32 holds: its products are exact, and its sums float32.
+    # The operands of these products are bfloat16 values, which TF32 holds: they are exact, and sums are float32. The switch
+    # is for the whole process: the rotary embedding's angles, a float32 product, may be rounded by it too. With inverse
+    # frequencies rounded to TF32 the losses of three rows moved by 4e-5 at most.
     torch.backends.cuda.matmul.allow_tf32 = True
     for module in model.modules():
         if isinstance(module, LoraLayer):
