@@ -66,6 +66,14 @@ pub struct PrepareArgs {
     #[arg(long, value_name = "N")]
     pub show: Option<usize>,
 
+    /// Keep duplicates; near ones then lie in one split. They are reported all the same.
+    #[arg(long)]
+    pub keep_duplicates: bool,
+
+    /// Keep what an evaluation set of `data.contamination.against` holds. It is reported all the same.
+    #[arg(long)]
+    pub keep_contaminated: bool,
+
     /// Print the summary as JSON.
     #[arg(long)]
     pub json: bool,

@@ -12,6 +12,7 @@ use crate::checkpoint::base::open_tokenizer;
 use crate::cli::PrepareArgs;
 use crate::data::manifest::{Manifest, SourceReport, SplitReport};
 use crate::data::prepare::{Prepared, prepare, preview};
+use crate::data::screen::Finding;
 use crate::data::store;
 use crate::data::tokenizer::{ChatTokenizer, Encoded, TokenizerFiles};
 use crate::output::Staged;
@@ -24,7 +25,9 @@ use crate::recipe::Recipe;
 /// What went wrong.
 pub fn run(args: &PrepareArgs) -> Result<()> {
     let start = Instant::now();
-    let recipe = Recipe::load(&args.recipe.recipe, &args.recipe.overrides)?;
+    let mut recipe = Recipe::load(&args.recipe.recipe, &args.recipe.overrides)?;
+    recipe.data.duplicates.keep |= args.keep_duplicates;
+    recipe.data.contamination.keep |= args.keep_contaminated;
     let (files, config) = open_tokenizer(&recipe.model.base)?;
     if let Some(count) = args.show {
         return show(&recipe, &files, count);
@@ -48,7 +51,20 @@ fn write(folder: &Path, prepared: &Prepared) -> Result<()> {
     let [(train, train_rows), (validation, validation_rows)] = &prepared.rows;
     let splits = [(*train, train_rows.as_slice()), (*validation, validation_rows.as_slice())];
     store::write(staged.path(), &prepared.manifest, splits, &prepared.examples)?;
+    let path = staged.path().join(store::SCREENED);
+    std::fs::write(&path, lines(&prepared.findings)?)
+        .with_context(|| format!("cannot write `{}`", path.display()))?;
     staged.commit()
+}
+
+/// One JSON object a line.
+fn lines(findings: &[Finding]) -> Result<Vec<u8>> {
+    let mut lines = Vec::new();
+    for finding in findings {
+        serde_json::to_writer(&mut lines, finding)?;
+        lines.push(b'\n');
+    }
+    Ok(lines)
 }
 
 fn print_json(folder: &Path, manifest: &Manifest, timings: Option<serde_json::Value>) -> Result<()> {
@@ -120,6 +136,12 @@ fn source_line(source: &SourceReport, all: u64) -> String {
         .iter()
         .map(|(reason, count)| format!("{count} {}", reason.replace('_', " ")))
         .collect();
+    left_out.extend(
+        source.kept.iter().map(|(reason, count)| format!("{count} {} kept", reason.replace('_', " "))),
+    );
+    if source.cleaned.examples > 0 {
+        left_out.push(format!("{} cleaned", source.cleaned.examples));
+    }
     if source.not_sampled > 0 {
         left_out.push(format!("{} not sampled", source.not_sampled));
     }

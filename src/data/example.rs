@@ -78,6 +78,10 @@ pub struct Example {
     pub document: String,
     /// The record of the source's file, counted from 1.
     pub record: u32,
+    /// Bytes of the first user turn that ask: what stands around them is a schema, a page or other context.
+    ///
+    /// Later user turns ask with all they say.
+    pub question: Range<usize>,
     /// What may be shortened, in the order in which it is given up.
     ///
     /// Within a message, a part that is given up earlier lies behind one that is given up later, so that
@@ -86,6 +90,39 @@ pub struct Example {
 }
 
 impl Example {
+    /// The place of the first user turn.
+    pub fn question_message(&self) -> Option<usize> {
+        self.messages.iter().position(|message| message.role == Role::User)
+    }
+
+    /// What is asked, turn by turn, without schema, page or other context.
+    pub fn asked(&self) -> String {
+        let first = self.question_message();
+        let asked = |(at, message): (usize, &Message)| {
+            let content = message.content.as_str();
+            if Some(at) == first { content.get(self.question.clone()).unwrap_or(content) } else { content }
+                .to_string()
+        };
+        let turns = self.messages.iter().enumerate().filter(|(_, message)| message.role == Role::User);
+        turns.map(asked).collect::<Vec<_>>().join("\n")
+    }
+
+    /// What is answered, turn by turn.
+    pub fn answered(&self) -> String {
+        let turns = self.messages.iter().filter(|message| message.role == Role::Assistant);
+        turns.map(|message| message.content.as_str()).collect::<Vec<_>>().join("\n")
+    }
+
+    /// What the question is about: the first user turn around the question.
+    pub fn context(&self) -> String {
+        let Some(message) = self.question_message().and_then(|at| self.messages.get(at)) else {
+            return String::new();
+        };
+        let part = |bytes: Range<usize>| message.content.get(bytes).unwrap_or_default().trim();
+        let (before, after) = (part(0..self.question.start), part(self.question.end..message.content.len()));
+        format!("{before}\n{after}").trim().to_string()
+    }
+
     /// The document's name for lineage: itself where it is short, else a hash that stays the same from run to run.
     ///
     /// Some sources know their documents by nothing but their text, pages of it; `record` leads back to that.
@@ -114,7 +151,13 @@ mod tests {
     use super::*;
 
     fn of(document: &str) -> Example {
-        Example { messages: Vec::new(), document: document.to_string(), record: 1, cuts: Vec::new() }
+        Example {
+            messages: Vec::new(),
+            document: document.to_string(),
+            record: 1,
+            question: 0..0,
+            cuts: Vec::new(),
+        }
     }
 
     #[test]

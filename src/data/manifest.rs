@@ -4,6 +4,9 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
+use super::audit::MaskAudit;
+use super::clean::Cleaned;
+use super::screen::Finding;
 use crate::recipe::DataSpec;
 
 /// The format that this program writes and reads.
@@ -39,7 +42,7 @@ pub struct Manifest {
 }
 
 /// What became of a source's records: `read = taken + not_sampled + sum of dropped`.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
 pub struct SourceReport {
     /// Name, as in the recipe.
     pub name: String,
@@ -59,6 +62,21 @@ pub struct SourceReport {
     pub shortened: usize,
     /// Records left out, by reason.
     pub dropped: BTreeMap<String, usize>,
+    /// Examples found to be duplicates or contaminated, and kept because the recipe says so, by reason.
+    #[serde(default)]
+    pub kept: BTreeMap<String, usize>,
+    /// The first few duplicates and contaminated examples; all of them are in `screened.jsonl`.
+    #[serde(default)]
+    pub findings: Vec<Finding>,
+    /// Characters that were removed.
+    #[serde(default)]
+    pub cleaned: Cleaned,
+    /// Share of the tokens that is supervised, in `[0, 1]`; 0 where there is none.
+    #[serde(default)]
+    pub supervised_share: f64,
+    /// What the mask was found to be.
+    #[serde(default)]
+    pub audit: MaskAudit,
     /// What is trained on.
     pub train: Counts,
     /// What is held out.

@@ -125,6 +125,7 @@ mod tests {
                 messages: vec![Message::new(Role::User, at.to_string())],
                 document: String::new(),
                 record: at,
+                question: 0..0,
                 cuts: Vec::new(),
             })
             .collect()

@@ -1,5 +1,9 @@
 //! Dumps to packed rows: the only reader of dumps.
 
+pub mod audit;
+pub mod clean;
+pub mod contamination;
+pub mod duplicates;
 pub mod example;
 pub mod fit;
 pub mod manifest;
@@ -7,8 +11,10 @@ pub mod mixture;
 pub mod pack;
 pub mod prepare;
 pub mod reader;
+pub mod screen;
 pub mod source;
 pub mod split;
 pub mod store;
 pub mod template;
 pub mod tokenizer;
+pub mod words;

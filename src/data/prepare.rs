@@ -3,15 +3,18 @@
 use std::collections::BTreeMap;
 use std::time::Instant;
 
-use anyhow::{Result, anyhow};
+use anyhow::{Context as _, Result, anyhow};
 use indicatif::ProgressBar;
 use rayon::prelude::*;
 
-use super::example::Example;
+use super::audit::{self, MaskAudit};
+use super::clean::Cleaned;
+use super::example::{Example, Role};
 use super::fit::{Fitted, fit};
 use super::manifest::{Counts, FORMAT_VERSION, Manifest, SourceReport, SplitReport};
 use super::mixture::{Demand, order, quotas, shortfall};
 use super::pack::pack;
+use super::screen::{Finding, Links, Screened, screen};
 use super::source::card::SourceCard;
 use super::source::{Collected, Reason, collect};
 use super::split::split_of;
@@ -31,14 +34,20 @@ pub struct Prepared {
     pub rows: [(Split, Vec<PackedRow>); 2],
     /// Where each example came from.
     pub examples: Vec<Lineage>,
+    /// Every duplicate and contaminated example.
+    pub findings: Vec<Finding>,
     /// Seconds of each stage.
     pub seconds: Vec<(&'static str, f64)>,
 }
+
+/// Findings of each kind that a source's report shows; `screened.jsonl` has all.
+const SHOWN: usize = 5;
 
 /// An example on its way into a row.
 struct Taken {
     lineage: Lineage,
     sequence: Sequence,
+    responses: usize,
 }
 
 /// What a source gave.
@@ -76,15 +85,18 @@ pub fn prepare(recipe: &Recipe, files: &TokenizerFiles, model_vocab_size: Option
         || ChatTokenizer::new(files, &spec.template),
         || collect(&spec.sources, spec.template.format),
     );
-    let (tokenizer, collected) = (tokenizer?, collected?);
+    let (tokenizer, mut collected) = (tokenizer?, collected?);
     watch.lap("read");
+    let screened = screen(&mut collected, spec)?;
+    watch.lap("screen");
     let quotas = quotas(&demands(&collected), spec.on_shortfall)?;
-    let inputs = collected.iter().flat_map(|source| source.inputs.clone()).collect();
+    let inputs =
+        collected.iter().flat_map(|source| source.inputs.clone()).chain(screened.inputs.clone()).collect();
     let total = quotas.iter().sum::<usize>() as u64;
     let bar = progress::bar(total, "tokenise", "examples");
     let mut sampled = Vec::with_capacity(collected.len());
     for (index, (source, quota)) in collected.into_iter().zip(quotas).enumerate() {
-        sampled.push(sample(recipe, &tokenizer, u16::try_from(index)?, source, quota, &bar)?);
+        sampled.push(sample(recipe, &tokenizer, u16::try_from(index)?, source, quota, &screened, &bar)?);
     }
     bar.finish_and_clear();
     watch.lap("tokenise");
@@ -111,7 +123,7 @@ pub fn prepare(recipe: &Recipe, files: &TokenizerFiles, model_vocab_size: Option
         sources,
         inputs,
     };
-    Ok(Prepared { manifest, rows, examples, seconds: watch.seconds })
+    Ok(Prepared { manifest, rows, examples, findings: screened.findings, seconds: watch.seconds })
 }
 
 /// The first `count` examples that the recipe would take, in turn from each source, with the source's name.
@@ -124,7 +136,8 @@ pub fn preview(
     count: usize,
 ) -> Result<Vec<(&'static str, Example, Fitted)>> {
     let spec = &recipe.data;
-    let collected = collect(&spec.sources, spec.template.format)?;
+    let mut collected = collect(&spec.sources, spec.template.format)?;
+    screen(&mut collected, spec)?;
     let quotas = quotas(&demands(&collected), spec.on_shortfall)?;
     let orders: Vec<Vec<usize>> = collected
         .iter()
@@ -170,6 +183,7 @@ fn sample(
     index: u16,
     source: Collected,
     quota: usize,
+    screened: &Screened,
     bar: &ProgressBar,
 ) -> Result<Sampled> {
     let spec = &recipe.data;
@@ -188,13 +202,20 @@ fn sample(
             .map(|example| {
                 let fitted = fit(tokenizer, example, spec.sequence_length)?;
                 bar.inc(1);
-                let split = split_of(name, &example.document, spec.validation_fraction);
+                let split = split_for(&screened.links, name, example, spec.validation_fraction);
                 fitted.map(|fitted| take(example, fitted, index, split)).transpose()
             })
             .collect();
         for outcome in outcomes {
             match outcome {
-                Ok(Some(one)) => taken.push(one),
+                Ok(Some(one)) if one.lineage.supervised_tokens == 0 => {
+                    *dropped.entry(Reason::Unsupervised).or_default() += 1;
+                }
+                Ok(Some(mut one)) => {
+                    one.responses = audited(&one, tokenizer)
+                        .with_context(|| format!("source `{name}`, record {}", one.lineage.record))?;
+                    taken.push(one);
+                }
                 Ok(None) => *dropped.entry(Reason::TooLong).or_default() += 1,
                 Err(error) => {
                     *dropped.entry(Reason::Refused).or_default() += 1;
@@ -216,8 +237,35 @@ fn sample(
     // The order of the dump is the one that a reader can follow.
     taken.sort_by_key(|one| one.lineage.record);
     let not_sampled = waiting.count();
-    let report = report(source.kind, source.asked, source.read, not_sampled, &dropped, &taken)?;
+    let mut report = report(source.kind, source.asked, source.read, not_sampled, &dropped, &taken)?;
+    tell_findings(&mut report, source.cleaned, screened);
     Ok(Sampled { report, taken })
+}
+
+/// The split of an example's document, or of the one that its duplicates tie it to.
+fn split_for(links: &Links, source: &'static str, example: &Example, fraction: f64) -> Split {
+    let (source, document) = links.decider(source, &example.document);
+    split_of(source, document, fraction)
+}
+
+/// The number of an example's responses, once each is seen to teach its end.
+fn audited(one: &Taken, tokenizer: &ChatTokenizer) -> Result<usize> {
+    let Sequence { input_ids, loss_mask, .. } = &one.sequence;
+    audit::responses(input_ids, loss_mask, one.responses, tokenizer.eos_token_ids())
+}
+
+fn tell_findings(report: &mut SourceReport, cleaned: Cleaned, screened: &Screened) {
+    let mut shown: BTreeMap<&str, usize> = BTreeMap::new();
+    for finding in screened.findings.iter().filter(|finding| finding.source == report.name) {
+        let shown = shown.entry(finding.reason.as_str()).or_default();
+        *shown += 1;
+        if *shown <= SHOWN {
+            report.findings.push(finding.clone());
+        }
+    }
+    let kept = screened.kept.get(report.name.as_str()).into_iter().flatten();
+    report.kept = kept.map(|(reason, count)| ((*reason).to_string(), *count)).collect();
+    report.cleaned = cleaned;
 }
 
 fn take(example: &Example, fitted: Fitted, source: u16, split: Split) -> Result<Taken> {
@@ -233,7 +281,8 @@ fn take(example: &Example, fitted: Fitted, source: u16, split: Split) -> Result<
     };
     let Fitted { encoded, .. } = fitted;
     let sequence = Sequence { input_ids: encoded.ids, loss_mask: encoded.loss_mask, source };
-    Ok(Taken { lineage, sequence })
+    let responses = example.messages.iter().filter(|message| message.role == Role::Assistant).count();
+    Ok(Taken { lineage, sequence, responses })
 }
 
 fn report(
@@ -252,6 +301,10 @@ fn report(
         }
         counts
     };
+    let (train, validation) = (counts(Split::Train), counts(Split::Validation));
+    let tokens = (train.tokens + validation.tokens).max(1);
+    let mut audit = MaskAudit::default();
+    taken.iter().for_each(|one| audit.add(one.responses));
     Ok(SourceReport {
         name: kind.name().to_string(),
         licence: card.licence,
@@ -262,8 +315,13 @@ fn report(
         taken: taken.len(),
         shortened: taken.iter().filter(|one| one.lineage.shortened).count(),
         dropped: dropped.iter().map(|(reason, count)| (reason.name().to_string(), *count)).collect(),
-        train: counts(Split::Train),
-        validation: counts(Split::Validation),
+        kept: BTreeMap::new(),
+        findings: Vec::new(),
+        cleaned: Cleaned::default(),
+        supervised_share: (train.supervised_tokens + validation.supervised_tokens) as f64 / tokens as f64,
+        audit,
+        train,
+        validation,
     })
 }
 

@@ -9,6 +9,7 @@
 //!   seq_examples list<uint32>   its example: row of examples.parquet
 //! examples.parquet                    one row per example: source, record, document or its hash, split, tokens
 //! manifest.json
+//! screened.jsonl                      one line per duplicate or contaminated example, with what it repeats
 //! ```
 
 use std::fs::{self, File};
@@ -36,6 +37,8 @@ use crate::model::batch::Sequence;
 const ROWS_PER_GROUP: usize = 512;
 
 const MANIFEST: &str = "manifest.json";
+/// Duplicates and contaminated examples, one JSON object a line; written by `prepare`, read by people.
+pub const SCREENED: &str = "screened.jsonl";
 const EXAMPLES: &str = "examples.parquet";
 
 /// What an example is for.

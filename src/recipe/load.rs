@@ -103,7 +103,7 @@ impl Recipe {
 
     fn check(&self, path: &Path) -> Result<(), RecipeError> {
         let (lora, train) = (&self.lora, &self.train);
-        let rules: [(&'static str, String, bool, &'static str); 17] = [
+        let rules: [(&'static str, String, bool, &'static str); 21] = [
             (
                 "name",
                 format!("`{}`", self.name),
@@ -121,6 +121,30 @@ impl Recipe {
                 self.data.validation_fraction.to_string(),
                 (0.0..1.0).contains(&self.data.validation_fraction),
                 "a number in [0, 1)",
+            ),
+            (
+                "data.duplicates.question_similarity",
+                self.data.duplicates.question_similarity.to_string(),
+                is_share(self.data.duplicates.question_similarity),
+                "a number in (0, 1]",
+            ),
+            (
+                "data.duplicates.response_similarity",
+                self.data.duplicates.response_similarity.to_string(),
+                is_share(self.data.duplicates.response_similarity),
+                "a number in (0, 1]",
+            ),
+            (
+                "data.contamination.ngram",
+                self.data.contamination.ngram.to_string(),
+                (3..=1000).contains(&self.data.contamination.ngram),
+                "3 to 1000",
+            ),
+            (
+                "data.contamination.response_share",
+                self.data.contamination.response_share.to_string(),
+                is_share(self.data.contamination.response_share),
+                "a number in (0, 1]",
             ),
             ("lora.rank", lora.rank.to_string(), COUNTS.contains(&lora.rank), "1 to 65536"),
             ("lora.alpha", lora.alpha.to_string(), lora.alpha.is_finite(), "a number"),
@@ -192,6 +216,10 @@ const COUNTS: RangeInclusive<usize> = 1..=65536;
 /// A number above zero, neither infinite nor NaN.
 fn is_positive(value: f64) -> bool {
     value > 0.0 && value.is_finite()
+}
+
+fn is_share(value: f64) -> bool {
+    value > 0.0 && value <= 1.0
 }
 
 fn is_not_negative(value: f64) -> bool {

@@ -75,6 +75,10 @@ pub struct DataSpec {
     pub validation_fraction: f64,
     /// What to do when a source has fewer examples than asked for.
     pub on_shortfall: OnShortfall,
+    /// Which examples count as said before.
+    pub duplicates: DuplicatesSpec,
+    /// Which evaluation sets the examples must not hold.
+    pub contamination: ContaminationSpec,
     /// How messages become text.
     pub template: TemplateSpec,
     /// The sources of the mixture.
@@ -89,6 +93,8 @@ impl Default for DataSpec {
             seed: 17,
             validation_fraction: 0.02,
             on_shortfall: OnShortfall::default(),
+            duplicates: DuplicatesSpec::default(),
+            contamination: ContaminationSpec::default(),
             template: TemplateSpec::default(),
             sources: SourcesSpec::default(),
         }
@@ -106,6 +112,44 @@ pub enum OnShortfall {
     Rescale,
     /// Take what there is.
     TakeAll,
+}
+
+/// Which examples count as said before. Question and response are compared, never schema, document or template.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct DuplicatesSpec {
+    /// Duplicates stay in the dataset, and near ones in one split; they are reported all the same.
+    pub keep: bool,
+    /// Share of three-word shingles that near duplicates' questions have in common at least, in `(0, 1]`.
+    pub question_similarity: f64,
+    /// The same of their responses; responses of less than fifty words must agree in every word.
+    pub response_similarity: f64,
+}
+
+impl Default for DuplicatesSpec {
+    fn default() -> Self {
+        Self { keep: false, question_similarity: 0.8, response_similarity: 0.85 }
+    }
+}
+
+/// Which evaluation sets the examples must not hold.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct ContaminationSpec {
+    /// Files of HumanEval, MBPP, GSM8K, Spider or ConvFinQA; their form tells which.
+    pub against: Vec<PathBuf>,
+    /// Contaminated examples stay in the dataset; they are reported all the same.
+    pub keep: bool,
+    /// Words in a row that two questions share only when one comes of the other.
+    pub ngram: usize,
+    /// Share of a response's runs of so many words that an example holds at least, in `(0, 1]`.
+    pub response_share: f64,
+}
+
+impl Default for ContaminationSpec {
+    fn default() -> Self {
+        Self { against: Vec::new(), keep: false, ngram: 13, response_share: 0.8 }
+    }
 }
 
 /// How messages become text.

@@ -127,6 +127,7 @@ fn manifest() -> Manifest {
         dropped: Default::default(),
         train: Counts::default(),
         validation: Counts::default(),
+        ..SourceReport::default()
     };
     Manifest {
         format_version: FORMAT_VERSION,

@@ -2,7 +2,7 @@
 
 use std::fmt::Write as _;
 
-use anyhow::{Result, anyhow};
+use anyhow::{Context as _, Result, anyhow};
 use serde::Deserialize;
 use serde_json::{Map, Value};
 
@@ -70,6 +70,15 @@ pub(super) struct ConvFinQa {
     pub target: ConvFinQaTarget,
 }
 
+/// The example of a record of either form, whatever it will be used for.
+///
+/// # Errors
+/// When the record is of neither form.
+pub(in crate::data) fn conversation_of(number: u32, record: Value) -> Result<Outcome> {
+    let record = serde_json::from_value(record).context("not a conversation of ConvFinQA")?;
+    ConvFinQa { target: ConvFinQaTarget::Answer }.example(number, record)
+}
+
 impl Source for ConvFinQa {
     type Record = Record;
 
@@ -105,7 +114,10 @@ impl ConvFinQa {
             messages.push(Message::new(Role::User, asked));
             messages.push(Message::new(Role::Assistant, self.response(program, &answer)));
         }
-        Ok(Example { messages, document, record, cuts })
+        let first = page.questions.first().map_or("", |question| question.trim());
+        let question =
+            messages.first().map_or(0..0, |one| one.content.len() - first.len()..one.content.len());
+        Ok(Example { messages, document, record, question, cuts })
     }
 
     fn response(&self, program: &str, answer: &str) -> String {

@@ -50,13 +50,18 @@ pub fn example(
         content.push_str(context);
         cuts.push(Cut { message: 0, bytes: start..content.len(), edge: Edge::Tail });
     }
+    // What the instruction is about may be a passage; where siblings share both, it is part of what is asked.
+    let question = match siblings {
+        Siblings::ShareContext => 0..instruction.len(),
+        Siblings::ShareQuestion => 0..content.len(),
+    };
     let document = match siblings {
         Siblings::ShareContext if !context.is_empty() => folded(context),
         Siblings::ShareContext => folded(instruction),
         Siblings::ShareQuestion => folded(&content),
     };
     let messages = vec![Message::new(Role::User, content), Message::new(Role::Assistant, response)];
-    Ok(Example { messages, document, record, cuts })
+    Ok(Example { messages, document, record, question, cuts })
 }
 
 #[cfg(test)]

@@ -8,7 +8,7 @@ pub mod finance_alpaca;
 pub mod instruction;
 pub mod spider;
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::BTreeMap;
 use std::path::Path;
 
 use anyhow::{Context as _, Error, Result, anyhow};
@@ -16,7 +16,8 @@ use rayon::prelude::*;
 use serde::de::DeserializeOwned;
 
 use self::card::SourceCard;
-use super::example::Example;
+use super::clean::Cleaned;
+use super::example::{Example, Role};
 use super::manifest::InputFile;
 use super::reader::{fingerprint, read_records};
 use super::template::ALPACA_INPUT;
@@ -64,10 +65,16 @@ pub enum Reason {
     EmptyResponse,
     /// Said word for word by an earlier record.
     Duplicate,
+    /// Question and response say what an earlier record says, but for trifles.
+    NearDuplicate,
+    /// An evaluation set that the recipe names holds it.
+    Contaminated,
     /// Questions, programs and answers differ in number.
     TurnsDisagree,
     /// Question and response alone are longer than a row.
     TooLong,
+    /// None of its tokens is supervised.
+    Unsupervised,
     /// The chat template refuses it, or its end would not be learned.
     Refused,
 }
@@ -79,8 +86,11 @@ impl Reason {
             Self::EmptyQuestion => "empty_question",
             Self::EmptyResponse => "empty_response",
             Self::Duplicate => "duplicate",
+            Self::NearDuplicate => "near_duplicate",
+            Self::Contaminated => "contaminated",
             Self::TurnsDisagree => "turns_disagree",
             Self::TooLong => "too_long",
+            Self::Unsupervised => "unsupervised",
             Self::Refused => "refused",
         }
     }
@@ -109,10 +119,12 @@ pub struct Collected {
     pub asked: Option<usize>,
     /// Records in the file.
     pub read: usize,
-    /// Those that can be used, in the order of the file; no two say the same.
+    /// Those that can be used, in the order of the file.
     pub examples: Vec<Example>,
     /// Those that cannot, by reason.
     pub dropped: BTreeMap<Reason, usize>,
+    /// Characters that were removed from their texts.
+    pub cleaned: Cleaned,
     /// The files that were read.
     pub inputs: Vec<InputFile>,
 }
@@ -220,18 +232,29 @@ fn read<S: Source>(
     members: &[&str],
     asked: Option<usize>,
 ) -> Result<Collected> {
-    let (mut examples, mut read, mut seen) = (Vec::new(), 0, HashSet::new());
+    let (mut examples, mut read, mut cleaned) = (Vec::new(), 0, Cleaned::default());
     let mut dropped = BTreeMap::new();
     read_records::<S::Record>(path, members, &["train", "dev", "test", "data"], &mut |number, record| {
         read += 1;
         match source.example(number, record)? {
-            Ok(example) if seen.insert(example.identity()) => examples.push(example),
-            Ok(_) => *dropped.entry(Reason::Duplicate).or_default() += 1,
+            Ok(mut example) => {
+                cleaned.clean(&mut example);
+                match empty_turn(&example) {
+                    None => examples.push(example),
+                    Some(reason) => *dropped.entry(reason).or_default() += 1,
+                }
+            }
             Err(reason) => *dropped.entry(reason).or_default() += 1,
         }
         Ok(())
     })?;
-    Ok(Collected { kind, asked, read, examples, dropped, inputs: vec![input_file(kind, path)?] })
+    Ok(Collected { kind, asked, read, examples, dropped, cleaned, inputs: vec![input_file(kind, path)?] })
+}
+
+/// A turn that says nothing once what nobody sees is gone.
+fn empty_turn(example: &Example) -> Option<Reason> {
+    let empty = example.messages.iter().find(|message| message.content.is_empty())?;
+    Some(if empty.role == Role::Assistant { Reason::EmptyResponse } else { Reason::EmptyQuestion })
 }
 
 fn input_file(kind: SourceKind, path: &Path) -> Result<InputFile> {

@@ -42,12 +42,11 @@ impl Source for Spider<'_> {
         if query.is_empty() {
             return Ok(Err(Reason::EmptyResponse));
         }
-        let messages = vec![
-            Message::new(Role::User, self.schemas.prompt(&record.db_id, &record.question)?),
-            Message::new(Role::Assistant, query),
-        ];
+        let prompt = self.schemas.prompt(&record.db_id, &record.question)?;
+        let question = prompt.len() - single_spaced(&record.question).len()..prompt.len();
+        let messages = vec![Message::new(Role::User, prompt), Message::new(Role::Assistant, query)];
         // A question without its schema cannot be answered, so nothing may be cut.
-        Ok(Ok(Example { messages, document: record.db_id, record: number, cuts: Vec::new() }))
+        Ok(Ok(Example { messages, document: record.db_id, record: number, question, cuts: Vec::new() }))
     }
 }
 
@@ -109,8 +108,7 @@ impl Schemas {
                 "take `tables.json` from the same release as the questions",
             )
         })?;
-        let question = question.split_whitespace().collect::<Vec<_>>().join(" ");
-        Ok(format!("{TASK}\n\n{schema}\n\nQuestion: {question}"))
+        Ok(format!("{TASK}\n\n{schema}\n\nQuestion: {}", single_spaced(question)))
     }
 }
 
@@ -191,6 +189,10 @@ impl Schema {
         let name = self.table_names_original.get(at);
         name.map(String::as_str).ok_or_else(|| anyhow!("a column is of table {at}, which there is not"))
     }
+}
+
+fn single_spaced(text: &str) -> String {
+    text.split_whitespace().collect::<Vec<_>>().join(" ")
 }
 
 /// A name as SQL takes it: plain where it can be.
