@@ -223,6 +223,14 @@ pub struct DoctorArgs {
     #[arg(long)]
     pub kernels: bool,
 
+    /// With `--kernels`: only the checks whose names begin so; may be given several times.
+    #[arg(long, value_name = "NAME", requires = "kernels")]
+    pub only: Vec<String>,
+
+    /// With `--kernels`: fewer and smaller cases, for runs under a memory checker.
+    #[arg(long, requires = "kernels")]
+    pub short: bool,
+
     /// The folder of bitsandbytes' libraries, when they lie neither beside the program nor beside libtorch.
     #[arg(long, value_name = "FOLDER", env = "GRANITE_BITSANDBYTES", hide_env_values = true)]
     pub bitsandbytes: Option<PathBuf>,

@@ -10,8 +10,9 @@ use sysinfo::{Disks, System};
 use tch::{Device, Kind, Tensor};
 
 use crate::cli::DoctorArgs;
+use crate::error::user_error;
 use crate::kernels::bitsandbytes::{self, CpuLibrary, CudaLibrary, LIBRARIES};
-use crate::kernels::check::{self, Check};
+use crate::kernels::check::{self, Check, Selection};
 use crate::kernels::device::{self, CudaError};
 use crate::kernels::driver::{self, Driver, NoGpu};
 use crate::kernels::gpu::Gpu;
@@ -31,7 +32,8 @@ const LITTLE_DISK: u64 = 10 << 30;
 /// Runs the subcommand: findings on stdout.
 ///
 /// # Errors
-/// When something is wrong, or `--kernels` is given and a kernel fails or there is no GPU to run it on.
+/// When something is wrong, or `--kernels` is given and a kernel fails or there is no GPU to run it on, or `--only` names
+/// no check.
 pub fn run(args: &DoctorArgs) -> Result<()> {
     let libtorch = libtorch::loaded();
     let folders =
@@ -45,7 +47,8 @@ pub fn run(args: &DoctorArgs) -> Result<()> {
     findings
         .push(Finding::ok("network", "not needed: only a hub name as the base model would be downloaded"));
     if args.kernels {
-        findings.extend(check_kernels(device, &folders));
+        let selection = Selection { only: args.only.clone(), short: args.short };
+        findings.extend(check_kernels(device, &folders, &selection)?);
     }
     print(&findings, args.json)?;
     match findings.iter().filter(|finding| finding.status == Status::Problem).count() {
@@ -281,25 +284,38 @@ fn disks() -> Vec<Finding> {
     findings
 }
 
-fn check_kernels(device: Option<Device>, folders: &[PathBuf]) -> Vec<Finding> {
+/// All kernels together: a small model's losses and gradients.
+const TRAINING_PASSES: &str = "training passes";
+
+fn check_kernels(device: Option<Device>, folders: &[PathBuf], selection: &Selection) -> Result<Vec<Finding>> {
+    let mut names = check::names();
+    names.push(TRAINING_PASSES);
+    if let Some(unknown) = selection.unknown(&names) {
+        return Err(user_error(
+            format!("no check's name begins with `{unknown}`"),
+            format!("name one of: {}", names.join("; ")),
+        ));
+    }
     let Some(device) = device else {
         let found = "not run: there is no GPU to run the kernels on";
-        return vec![Finding::problem("kernel checks", found, "run this where there is one")];
+        return Ok(vec![Finding::problem("kernel checks", found, "run this where there is one")]);
     };
     // Other inputs every time; the seed is told, so that a failure can be made again.
     let seed = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| i64::from(time.subsec_nanos()));
     let library = bitsandbytes::find(folders, LIBRARIES[1]).and_then(|file| CudaLibrary::open(&file).ok());
-    let kernels = check::all(device, seed, library.as_ref()).into_iter().map(|check| checked(check, seed));
-    kernels.chain([fused_passes(device, seed)]).collect()
+    let made = check::run(device, seed, library.as_ref(), selection);
+    let mut findings: Vec<Finding> = made.into_iter().map(|check| checked(check, seed)).collect();
+    if selection.takes(TRAINING_PASSES) {
+        findings.push(fused_passes(device, seed));
+    }
+    Ok(findings)
 }
 
-/// All kernels together: a small model's losses and gradients.
 fn fused_passes(device: Device, seed: i64) -> Finding {
-    const SUBJECT: &str = "training passes";
     match against_twins(device) {
-        Ok(cases) => Finding::ok(SUBJECT, format!("within tolerance in {cases} cases")),
+        Ok(cases) => Finding::ok(TRAINING_PASSES, format!("within tolerance in {cases} cases")),
         Err(error) => Finding::problem(
-            SUBJECT,
+            TRAINING_PASSES,
             format!("differ from their twins (seed {seed}): {error:#}"),
             "please report this",
         ),

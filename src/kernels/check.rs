@@ -78,29 +78,119 @@ impl Outcome {
 /// Bytes that no cache of a GPU holds.
 const BEYOND_CACHES: i64 = 256 << 20;
 
-/// Checks everything on a GPU; the same seed makes the same inputs.
-pub fn all(device: Device, seed: i64, library: Option<&CudaLibrary>) -> Vec<Check> {
-    tch::manual_seed(seed);
-    let mut checks = vec![
-        Check::new("device copy, for comparison", bandwidth::copy(device)),
-        Check::new("dropout_f32", dropout::kernel(device, Kind::Float)),
-        Check::new("dropout_bf16", dropout::kernel(device, Kind::BFloat16)),
-        Check::new("dropout_rows_f32", dropout::rows(device, Kind::Float, false)),
-        Check::new("dropout_rows_bf16", dropout::rows(device, Kind::BFloat16, false)),
-        Check::new("dropout_add_rows_f32", dropout::rows(device, Kind::Float, true)),
-        Check::new("dropout_add_rows_bf16", dropout::rows(device, Kind::BFloat16, true)),
-        Check::new("nf4 on the GPU, as on the processor", bitsandbytes::across_devices(device)),
-    ];
-    checks.extend(rms_norm::checks(device));
-    checks.extend(rope::checks(device));
-    checks.extend(swiglu::checks(device));
-    checks.extend(attention::checks(device));
-    checks.extend(cross_entropy::checks(device));
-    checks.extend(nf4::checks(device));
-    checks.extend(adamw::checks(device));
-    if let Some(library) = library {
-        let outcome = bitsandbytes::as_bitsandbytes(device, library);
-        checks.push(Check::new("nf4, as bitsandbytes on the GPU", outcome));
+/// Which checks to make, and how much of them.
+#[derive(Debug, Clone, Default)]
+pub struct Selection {
+    /// Beginnings of names; all checks when empty.
+    pub only: Vec<String>,
+    /// Fewer and smaller cases where there are many: for a memory checker, under which a kernel takes a hundred
+    /// times as long.
+    pub short: bool,
+}
+
+impl Selection {
+    /// Whether a check is asked for.
+    pub fn takes(&self, name: &str) -> bool {
+        self.only.is_empty() || self.only.iter().any(|start| name.starts_with(start.as_str()))
     }
-    checks
+
+    /// What is asked for and begins no name.
+    pub fn unknown<'a>(&'a self, names: &[&str]) -> Option<&'a str> {
+        self.only.iter().map(String::as_str).find(|start| !names.iter().any(|name| name.starts_with(start)))
+    }
+}
+
+/// Checks on their way: each is told by its name and run where the selection takes it.
+struct Checks<'a> {
+    selection: &'a Selection,
+    /// `None` to list the names alone.
+    device: Option<Device>,
+    names: Vec<&'static str>,
+    made: Vec<Check>,
+}
+
+impl<'a> Checks<'a> {
+    fn new(selection: &'a Selection, device: Option<Device>) -> Self {
+        Self { selection, device, names: Vec::new(), made: Vec::new() }
+    }
+
+    fn run(&mut self, name: &'static str, check: impl FnOnce(Device) -> Result<Outcome>) {
+        self.names.push(name);
+        if let Some(device) = self.device.filter(|_| self.selection.takes(name)) {
+            self.made.push(Check::new(name, check(device)));
+        }
+    }
+
+    /// Checks that share their cases: all are made when one is taken, and those taken are told.
+    fn together(&mut self, names: &[&'static str], checks: impl FnOnce(Device, bool) -> Vec<Check>) {
+        self.names.extend(names);
+        let selection = self.selection;
+        if let Some(device) = self.device.filter(|_| names.iter().any(|name| selection.takes(name))) {
+            let made = checks(device, selection.short);
+            self.made.extend(made.into_iter().filter(|check| selection.takes(check.name)));
+        }
+    }
+}
+
+/// The names of all checks, in their order.
+pub fn names() -> Vec<&'static str> {
+    let selection = Selection::default();
+    let mut checks = Checks::new(&selection, None);
+    each(&mut checks, None);
+    checks.names
+}
+
+/// Checks what is selected on a GPU; the same seed and selection make the same inputs. Without bitsandbytes' library
+/// nothing is compared with it.
+pub fn run(device: Device, seed: i64, library: Option<&CudaLibrary>, selection: &Selection) -> Vec<Check> {
+    tch::manual_seed(seed);
+    let mut checks = Checks::new(selection, Some(device));
+    each(&mut checks, library);
+    checks.made
+}
+
+fn each(checks: &mut Checks<'_>, library: Option<&CudaLibrary>) {
+    checks.run("device copy, for comparison", bandwidth::copy);
+    checks.run("dropout_f32", |device| dropout::kernel(device, Kind::Float));
+    checks.run("dropout_bf16", |device| dropout::kernel(device, Kind::BFloat16));
+    checks.run("dropout_rows_f32", |device| dropout::rows(device, Kind::Float, false));
+    checks.run("dropout_rows_bf16", |device| dropout::rows(device, Kind::BFloat16, false));
+    checks.run("dropout_add_rows_f32", |device| dropout::rows(device, Kind::Float, true));
+    checks.run("dropout_add_rows_bf16", |device| dropout::rows(device, Kind::BFloat16, true));
+    checks.run("nf4 on the GPU, as on the processor", bitsandbytes::across_devices);
+    rms_norm::checks(checks);
+    rope::checks(checks);
+    swiglu::checks(checks);
+    attention::checks(checks);
+    cross_entropy::checks(checks);
+    nf4::checks(checks);
+    adamw::checks(checks);
+    match library {
+        Some(library) => {
+            checks.run("nf4, as bitsandbytes on the GPU", |device| {
+                bitsandbytes::as_bitsandbytes(device, library)
+            });
+        }
+        None => checks.names.push("nf4, as bitsandbytes on the GPU"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_selection_takes_beginnings_of_names() {
+        let names = names();
+        let selection = |only: &[&str]| Selection {
+            only: only.iter().map(ToString::to_string).collect(),
+            ..Selection::default()
+        };
+        let taken = |only: &[&str]| names.iter().filter(|name| selection(only).takes(name)).count();
+        assert_eq!(taken(&[]), names.len());
+        assert_eq!(taken(&["attention_hopper_backward"]), 1);
+        assert_eq!(taken(&["rope", "swiglu"]), 3);
+        assert_eq!(selection(&["rope", "ropes"]).unknown(&names), Some("ropes"));
+        assert_eq!(selection(&["attention"]).unknown(&names), None);
+    }
 }

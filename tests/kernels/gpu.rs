@@ -23,7 +23,7 @@ fn kernels_equal_their_twins() {
     let Some(device) = gpu("kernels against their twins") else { return };
     let seed = std::time::UNIX_EPOCH.elapsed().map_or(0, |time| i64::from(time.subsec_nanos()));
     let library = crate::bitsandbytes::cuda_library();
-    let failures: Vec<String> = check::all(device, seed, library.as_ref())
+    let failures: Vec<String> = check::run(device, seed, library.as_ref(), &check::Selection::default())
         .into_iter()
         .filter_map(|check| Some(format!("{}: {}", check.name, check.failure?)))
         .collect();

@@ -6,7 +6,7 @@ use tch::{Device, Kind, Tensor};
 use super::bandwidth::bandwidth;
 use super::exact::first_difference;
 use super::tolerance::{Framed, Layout, Reference};
-use super::{BEYOND_CACHES, Check, Outcome};
+use super::{BEYOND_CACHES, Checks, Outcome};
 use crate::kernels::adamw::{
     AdamWStep, BLOCK, GRAD_PARTIALS, adamw_8bit, adamw_8bit_reference, adamw_32bit, adamw_32bit_reference,
     blocks_of, norm_squared, zero_codes,
@@ -14,12 +14,10 @@ use crate::kernels::adamw::{
 use crate::kernels::dynamic_map::dynamic_map;
 
 /// The checks of this module.
-pub(super) fn checks(device: Device) -> Vec<Check> {
-    vec![
-        Check::new("grad_norm", grad_norm(device)),
-        Check::new("adamw_32bit", adamw(device, Form::Wide)),
-        Check::new("adamw_8bit", adamw(device, Form::Coded)),
-    ]
+pub(super) fn checks(checks: &mut Checks<'_>) {
+    checks.run("grad_norm", grad_norm);
+    checks.run("adamw_32bit", |device| adamw(device, Form::Wide));
+    checks.run("adamw_8bit", |device| adamw(device, Form::Coded));
 }
 
 /// How moments are held.

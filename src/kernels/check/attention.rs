@@ -16,7 +16,7 @@ use tch::{Device, Kind, Tensor};
 use self::definition::{Backward, Forward, Problem};
 use super::inputs::Flavour;
 use super::tolerance::{Framed, Layout};
-use super::{Check, Outcome};
+use super::{Check, Checks, Outcome};
 use crate::kernels::attention::{
     AttentionKernel, AttentionPlan, AttentionScratch, AttentionShape, attention_backward_into,
     attention_backward_reference, attention_into, attention_reference,
@@ -24,15 +24,19 @@ use crate::kernels::attention::{
 use crate::progress;
 
 /// The checks of this module.
-pub(super) fn checks(device: Device) -> Vec<Check> {
-    match Run::new(device) {
+pub(super) fn checks(checks: &mut Checks<'_>) {
+    checks.together(CHECKS.as_flattened(), |device, short| match Run::new(device, short) {
         Ok(mut run) => {
             run.all();
             run.checks()
         }
-        Err(error) => vec![Check::new("attention", Err(error))],
-    }
+        Err(error) => vec![Check::new(CHECKS[0][0], Err(error))],
+    });
 }
+
+/// Of Hopper's kernels and of those for every GPU.
+const CHECKS: [[&str; 2]; 2] =
+    [["attention_hopper_forward", "attention_hopper_backward"], ["attention_forward", "attention_backward"]];
 
 /// What operands hold.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -61,11 +65,14 @@ const SHORT: [i64; 8] = [1, 2, 63, 64, 65, 127, 128, 129];
 const LONG: [i64; 3] = [4095, 4096, 4097];
 const LONGEST: i64 = 32_768;
 
-/// Random packs.
-const PACKS: usize = 100;
+/// Random packs, and how many of them are a short check.
+const PACKS: [usize; 2] = [100, 6];
 
 /// Launches that must give the same bits.
 const REPEATS: usize = 50;
+
+/// Lengths of a short check.
+const FEW: [i64; 3] = [1, 65, 129];
 
 /// One comparison.
 #[derive(Debug, Clone)]
@@ -320,23 +327,24 @@ impl Tally {
 
 struct Run {
     device: Device,
+    short: bool,
     judged: Vec<Judged>,
     watch: Watch,
 }
 
 impl Run {
-    fn new(device: Device) -> Result<Self> {
+    fn new(device: Device, short: bool) -> Result<Self> {
         let kernels = AttentionKernel::ours(device, HEAD_DIMS[0])?;
         let judged = kernels.into_iter().map(|kernel| Judged { kernel, passes: Default::default() });
-        Ok(Self { device, judged: judged.collect(), watch: Watch::new() })
+        Ok(Self { device, short, judged: judged.collect(), watch: Watch::new() })
     }
 
     fn checks(self) -> Vec<Check> {
         let mut checks = Vec::new();
         for Judged { kernel, passes: [forward, backward] } in self.judged {
             let names = match kernel {
-                AttentionKernel::Hopper => ["attention_hopper_forward", "attention_hopper_backward"],
-                _ => ["attention_forward", "attention_backward"],
+                AttentionKernel::Hopper => CHECKS[0],
+                _ => CHECKS[1],
             };
             checks.push(Check::new(names[0], forward.outcome()));
             checks.push(Check::new(names[1], backward.outcome()));
@@ -346,14 +354,18 @@ impl Run {
 
     /// Smaller cases come first: what is wrong shows in the simplest that has it.
     fn all(&mut self) {
-        for length in SHORT {
-            self.single(length, true);
+        let lengths: &[i64] = if self.short { &FEW } else { &SHORT };
+        for length in lengths {
+            self.single(*length, !self.short);
         }
-        for _ in 0..PACKS {
+        for _ in 0..PACKS[usize::from(self.short)] {
             self.case(&random_pack());
         }
         self.against_autograd();
         self.on_its_own("no number in a sequence", no_number);
+        if self.short {
+            return self.on_its_own("nothing to do", nothing_to_do);
+        }
         self.on_its_own("repeats", repeats);
         self.on_its_own("nothing to do", nothing_to_do);
         for length in LONG {
@@ -380,7 +392,7 @@ impl Run {
     }
 
     fn case(&mut self, case: &Case) {
-        let Self { device, judged, watch } = self;
+        let Self { device, judged, watch, .. } = self;
         let posed = Posed::new(case, *device);
         for Judged { kernel, passes } in judged {
             let described = |pass: &str| format!("{pass} {case:?}");
@@ -406,7 +418,7 @@ impl Run {
             [(vec![17, 130], [4, 2], 64), (vec![200, 0, 1, 70], [3, 1], 128), (vec![129], [2, 2], 128)]
         {
             let case = Case { lengths, heads, head_dim, holds: Holds::Normal, packed: true };
-            let Self { device, judged, watch } = self;
+            let Self { device, judged, watch, .. } = self;
             for Judged { kernel, passes } in judged {
                 watch.begin(|| format!("{} against autograd, {case:?}", kernel.name()));
                 let outcome = near_autograd(*kernel, &case, *device);
@@ -420,7 +432,7 @@ impl Run {
         for head_dim in HEAD_DIMS {
             let lengths = vec![300, 1500, 0, 77, 1, 1025];
             let case = Case { lengths, heads: [8, 4], head_dim, holds: Holds::Normal, packed: true };
-            let Self { device, judged, watch } = self;
+            let Self { device, judged, watch, .. } = self;
             for Judged { kernel, passes } in judged {
                 for (backward, tally) in [false, true].into_iter().zip(passes) {
                     watch.begin(|| format!("{} {what}, heads of {head_dim}", kernel.name()));

@@ -6,14 +6,12 @@ use tch::{Device, Kind, Tensor};
 use super::bandwidth::bandwidth;
 use super::inputs::Flavour;
 use super::tolerance::{Framed, Layout, Reference};
-use super::{Check, Outcome};
+use super::{Checks, Outcome};
 use crate::kernels::cross_entropy::{IGNORE, cross_entropy_into, cross_entropy_logits_reference};
 
-pub(super) fn checks(device: Device) -> Vec<Check> {
-    vec![
-        Check::new("cross_entropy", cross_entropy(device, None)),
-        Check::new("cross_entropy, with its gradient", cross_entropy(device, Some(0.37))),
-    ]
+pub(super) fn checks(checks: &mut Checks<'_>) {
+    checks.run("cross_entropy", |device| cross_entropy(device, None));
+    checks.run("cross_entropy, with its gradient", |device| cross_entropy(device, Some(0.37)));
 }
 
 /// One rounding, and a hundredth for the fast exponential: 2⁻¹⁶ against 2⁻⁹.

@@ -6,19 +6,17 @@ use tch::{Device, Kind, Tensor};
 use super::bandwidth::bandwidth;
 use super::exact::{first_difference, random_bits};
 use super::tolerance::{Framed, Layout};
-use super::{Check, Outcome};
+use super::{Checks, Outcome};
 use crate::kernels::dynamic_map::dynamic_map;
 use crate::kernels::nf4::{BLOCK, LEVELS, NESTED_BLOCK, Nf4Weight, dequantize_into};
 
 /// The checks of this module.
-pub(super) fn checks(device: Device) -> Vec<Check> {
-    vec![
-        Check::new("nf4_dequantize_f32", dequantize(device, Kind::Float)),
-        Check::new("nf4_dequantize_bf16", dequantize(device, Kind::BFloat16)),
-        Check::new("nf4_quantize_f32", quantize(device, Kind::Float).map(Outcome::exact)),
-        Check::new("nf4_quantize_bf16", quantize(device, Kind::BFloat16).map(Outcome::exact)),
-        Check::new("nf4_quantize_f16", quantize(device, Kind::Half).map(Outcome::exact)),
-    ]
+pub(super) fn checks(checks: &mut Checks<'_>) {
+    checks.run("nf4_dequantize_f32", |device| dequantize(device, Kind::Float));
+    checks.run("nf4_dequantize_bf16", |device| dequantize(device, Kind::BFloat16));
+    checks.run("nf4_quantize_f32", |device| quantize(device, Kind::Float).map(Outcome::exact));
+    checks.run("nf4_quantize_bf16", |device| quantize(device, Kind::BFloat16).map(Outcome::exact));
+    checks.run("nf4_quantize_f16", |device| quantize(device, Kind::Half).map(Outcome::exact));
 }
 
 /// Rows of one element, of no whole chunk, of a chunk in one dtype only; less and more than a block's work; whole layers.

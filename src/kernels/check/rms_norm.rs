@@ -6,7 +6,7 @@ use tch::{Device, Kind, Tensor};
 use super::bandwidth::bandwidth;
 use super::inputs::{Flavour, TOKENS};
 use super::tolerance::{Framed, Layout, Reference};
-use super::{Check, Outcome};
+use super::{Checks, Outcome};
 use crate::kernels::rms_norm::{
     add_rms_norm_into, rms_norm_backward_into, rms_norm_backward_reference, rms_norm_into, rms_norm_reference,
 };
@@ -64,12 +64,10 @@ fn judge(what: &str, x: &Tensor, weight: &Tensor, y: &Framed, rstd: &Framed) -> 
     rstd.intact(&format!("{what}: rstd"))
 }
 
-pub(super) fn checks(device: Device) -> Vec<Check> {
-    vec![
-        Check::new("rms_norm", forward(device)),
-        Check::new("add_rms_norm", add_forward(device)),
-        Check::new("rms_norm_backward", backward(device)),
-    ]
+pub(super) fn checks(checks: &mut Checks<'_>) {
+    checks.run("rms_norm", forward);
+    checks.run("add_rms_norm", add_forward);
+    checks.run("rms_norm_backward", backward);
 }
 
 fn forward(device: Device) -> Result<Outcome> {

@@ -6,11 +6,11 @@ use tch::{Device, Kind, Tensor};
 use super::bandwidth::bandwidth;
 use super::inputs::{Flavour, TOKENS};
 use super::tolerance::{Framed, Layout, Reference};
-use super::{Check, Outcome};
+use super::{Checks, Outcome};
 use crate::kernels::rope::{RotaryAngles, RotaryTable, rotate_in_place};
 
-pub(super) fn checks(device: Device) -> Vec<Check> {
-    vec![Check::new("rope", rope(device))]
+pub(super) fn checks(checks: &mut Checks<'_>) {
+    checks.run("rope", rope);
 }
 
 const THETA: f64 = 10_000.0;

@@ -6,13 +6,14 @@ use tch::{Device, Kind, Tensor};
 use super::bandwidth::bandwidth;
 use super::inputs::{Flavour, TOKENS};
 use super::tolerance::{Framed, Layout, Reference};
-use super::{Check, Outcome};
+use super::{Checks, Outcome};
 use crate::kernels::swiglu::{
     swiglu_backward_into, swiglu_backward_reference, swiglu_into, swiglu_reference,
 };
 
-pub(super) fn checks(device: Device) -> Vec<Check> {
-    vec![Check::new("swiglu", forward(device)), Check::new("swiglu_backward", backward(device))]
+pub(super) fn checks(checks: &mut Checks<'_>) {
+    checks.run("swiglu", forward);
+    checks.run("swiglu_backward", backward);
 }
 
 /// One rounding, and a hundredth for the fast exponential: 2⁻¹⁶ against 2⁻⁹.
