@@ -342,6 +342,10 @@ pub struct BenchTrainArgs {
     #[arg(long, value_enum, default_value_t = Recompute::None)]
     pub recompute: Recompute,
 
+    /// Keep the base weights dequantised.
+    #[arg(long)]
+    pub resident: bool,
+
     /// Steps to time, after two to warm up.
     #[arg(long, default_value_t = 8)]
     pub steps: usize,

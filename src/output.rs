@@ -6,6 +6,30 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Result};
 
+/// How the names of unfinished folders begin.
+const INCOMPLETE: &str = ".incomplete-";
+/// How the names of folders begin that hold what is being replaced.
+const REPLACED: &str = ".replaced-";
+
+/// Removes what processes that were killed left unfinished in a folder. No other may be writing there.
+///
+/// # Errors
+/// When the folder cannot be read or one cannot be removed.
+pub fn sweep(folder: &Path) -> Result<()> {
+    let entries =
+        fs::read_dir(folder).with_context(|| format!("cannot read folder `{}`", folder.display()))?;
+    for entry in entries {
+        let entry = entry?;
+        let name = entry.file_name();
+        let name = name.to_string_lossy();
+        if name.starts_with(INCOMPLETE) || name.starts_with(REPLACED) {
+            let path = entry.path();
+            fs::remove_dir_all(&path).with_context(|| format!("cannot remove `{}`", path.display()))?;
+        }
+    }
+    Ok(())
+}
+
 /// A folder that is written under a temporary name beside its destination and appears on [`commit`](Staged::commit).
 ///
 /// Dropped without `commit`, it leaves nothing behind.
@@ -25,7 +49,7 @@ impl Staged {
         fs::create_dir_all(&parent)
             .with_context(|| format!("cannot create folder `{}`", parent.display()))?;
         let temporary = tempfile::Builder::new()
-            .prefix(".incomplete-")
+            .prefix(INCOMPLETE)
             .tempdir_in(&parent)
             .with_context(|| format!("cannot write in folder `{}`", parent.display()))?;
         Ok(Self { temporary, destination: destination.to_path_buf() })
@@ -43,7 +67,7 @@ impl Staged {
     pub fn commit(self) -> Result<()> {
         sync_tree(self.temporary.path())?;
         let parent = parent_of(&self.destination);
-        let old = tempfile::Builder::new().prefix(".replaced-").tempdir_in(&parent)?;
+        let old = tempfile::Builder::new().prefix(REPLACED).tempdir_in(&parent)?;
         let had_old = self.destination.exists();
         let aside = old.path().join("old");
         if had_old {
@@ -137,6 +161,18 @@ mod tests {
         assert!(!destination.join("old").exists());
         assert!(destination.join("new").exists());
         assert_eq!(fs::read_dir(root.path()).unwrap().count(), 1, "the predecessor is gone");
+    }
+
+    #[test]
+    fn what_a_killed_process_left_is_swept_away() {
+        let root = tempfile::tempdir().unwrap();
+        for name in [".incomplete-a1", ".replaced-b2", "step-000002"] {
+            fs::create_dir_all(root.path().join(name).join("inside")).unwrap();
+        }
+        sweep(root.path()).unwrap();
+        let left: Vec<_> =
+            fs::read_dir(root.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+        assert_eq!(left, ["step-000002"]);
     }
 
     #[test]

@@ -51,7 +51,7 @@ impl Adapter {
                 let trained_on = self.base.as_deref().unwrap_or("a base model it does not name");
                 format!("it was trained on `{trained_on}`; is `model.base` another model?")
             })?;
-        decoder.adapters_changed();
+        decoder.adapters_changed()?;
         Ok(())
     }
 

@@ -20,11 +20,18 @@ const FORMAT_VERSION: u32 = 1;
 const STATE_FILE: &str = "state.json";
 const OPTIMIZER_FILE: &str = "optimizer.safetensors";
 const RECIPE_FILE: &str = "recipe.toml";
+const LOCK_FILE: &str = ".lock";
 
 /// A run's folder.
 #[derive(Debug, Clone)]
 pub struct RunFolder {
     path: PathBuf,
+}
+
+/// Held by the process that trains.
+#[derive(Debug)]
+pub struct RunLock {
+    _file: fs::File,
 }
 
 /// What a checkpoint holds beside adapter and moments: enough to refuse what does not continue it.
@@ -36,16 +43,46 @@ pub struct State {
     pub step: u64,
     /// Sum of the running epoch's losses and its supervised tokens.
     pub epoch_loss: (f64, i64),
+    /// How the validations went so far.
+    #[serde(default)]
+    pub validations: Validations,
     /// The choices that decide the numbers: recipe sections, dataset, base model.
     pub identity: serde_json::Value,
     /// Threads of the tensor library: another number may round differently.
     pub threads: i32,
 }
 
+/// The least validation loss of a run, and what came after it.
+#[derive(Debug, Clone, Copy, PartialEq, Default, Serialize, Deserialize)]
+pub struct Validations {
+    /// The step of the least loss, and that loss; the validation before the first step does not count.
+    pub best: Option<(u64, f64)>,
+    /// Validations since.
+    pub since: u64,
+}
+
+impl Validations {
+    /// Takes note of a validation after `step`; whether it is the best so far.
+    pub fn add(&mut self, step: u64, loss: f64) -> bool {
+        if self.best.is_none_or(|(_, best)| loss < best) {
+            *self = Self { best: Some((step, loss)), since: 0 };
+            return true;
+        }
+        self.since += 1;
+        false
+    }
+}
+
 impl State {
     /// The state after `step` steps.
-    pub fn new(step: u64, epoch_loss: (f64, i64), identity: serde_json::Value, threads: i32) -> Self {
-        Self { format_version: FORMAT_VERSION, step, epoch_loss, identity, threads }
+    pub fn new(
+        step: u64,
+        epoch_loss: (f64, i64),
+        validations: Validations,
+        identity: serde_json::Value,
+        threads: i32,
+    ) -> Self {
+        Self { format_version: FORMAT_VERSION, step, epoch_loss, validations, identity, threads }
     }
 }
 
@@ -65,6 +102,11 @@ impl RunFolder {
         self.path.join("metrics.jsonl")
     }
 
+    /// The folder of TensorBoard's event files.
+    pub fn tensorboard(&self) -> PathBuf {
+        self.path.join("tensorboard")
+    }
+
     /// The folder of a step's checkpoint.
     pub fn step(&self, step: u64) -> PathBuf {
         self.path.join(format!("step-{step:06}"))
@@ -74,14 +116,16 @@ impl RunFolder {
     ///
     /// # Errors
     /// When it does, with both ways out, or cannot be written.
-    pub fn begin(&self, recipe: &Recipe) -> Result<()> {
+    pub fn begin(&self, recipe: &Recipe) -> Result<RunLock> {
         if self.metrics().exists() || !self.checkpoints()?.is_empty() {
             return Err(user_error(
                 format!("run folder `{}` holds a run already", self.path.display()),
                 "continue it with `--resume`, or start another: `--set name=NAME` or `--out FOLDER`",
             ));
         }
-        self.begin_again(recipe)
+        let lock = self.lock()?;
+        self.begin_again(recipe)?;
+        Ok(lock)
     }
 
     /// Begins the run of a folder that holds no checkpoint from its first step, whatever it measured before.
@@ -95,6 +139,31 @@ impl RunFolder {
         }
         let text = toml::to_string(recipe).context("cannot write the recipe")?;
         output::write_file(&self.path.join(RECIPE_FILE), text.as_bytes())
+    }
+
+    /// Keeps other processes out of the run for as long as the lock lives, and removes what a process that was killed
+    /// left half written.
+    ///
+    /// # Errors
+    /// When another process holds the lock, or the folder cannot be written.
+    pub fn lock(&self) -> Result<RunLock> {
+        fs::create_dir_all(&self.path)
+            .with_context(|| format!("cannot create folder `{}`", self.path.display()))?;
+        let path = self.path.join(LOCK_FILE);
+        let file = fs::File::create(&path).with_context(|| format!("cannot write `{}`", path.display()))?;
+        match file.try_lock() {
+            Ok(()) => {}
+            Err(fs::TryLockError::WouldBlock) => {
+                return Err(user_error(
+                    format!("another process trains in `{}`", self.path.display()),
+                    "wait for it, end it, or start another run with `--out FOLDER`",
+                ));
+            }
+            // A file system without locks: what cannot be told cannot be refused.
+            Err(fs::TryLockError::Error(_)) => {}
+        }
+        output::sweep(&self.path)?;
+        Ok(RunLock { _file: file })
     }
 
     /// Whether a run was begun here.
@@ -167,12 +236,13 @@ impl RunFolder {
         tensor_file::read(&self.step(step).join(OPTIMIZER_FILE))
     }
 
-    /// Removes all but the newest `keep` checkpoints; at least one stays.
+    /// Removes all but the newest `keep` checkpoints and that of step `best`; at least one stays.
     ///
     /// # Errors
     /// When one cannot be removed.
-    pub fn prune(&self, keep: usize) -> Result<()> {
-        let steps = self.checkpoints()?;
+    pub fn prune(&self, keep: usize, best: Option<u64>) -> Result<()> {
+        let mut steps = self.checkpoints()?;
+        steps.retain(|step| Some(*step) != best);
         let surplus = steps.len().saturating_sub(keep.max(1));
         for step in &steps[..surplus] {
             let folder = self.step(*step);

@@ -63,7 +63,25 @@ pub struct ModelConfig {
     pub eos_token_ids: Vec<u32>,
 }
 
+/// `config.json` of Granite-3.1-8B-Instruct, as far as it is read.
+const GRANITE_8B: &str = r#"{
+    "architectures": ["GraniteForCausalLM"], "model_type": "granite", "hidden_size": 4096, "intermediate_size": 12800,
+    "num_hidden_layers": 40, "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 49155,
+    "max_position_embeddings": 131072, "rms_norm_eps": 1e-5, "rope_theta": 10000000.0, "tie_word_embeddings": true,
+    "embedding_multiplier": 12.0, "attention_multiplier": 0.0078125, "residual_multiplier": 0.22,
+    "logits_scaling": 16.0, "hidden_act": "silu", "attention_bias": false, "mlp_bias": false,
+    "bos_token_id": 0, "eos_token_id": 0
+}"#;
+
 impl ModelConfig {
+    /// Granite-3.1-8B-Instruct, of whose shape plans and benchmarks speak where no model is at hand.
+    ///
+    /// # Errors
+    /// Never: what it parses is part of the program.
+    pub fn granite_8b() -> Result<Self> {
+        Self::from_hugging_face(&serde_json::from_str(GRANITE_8B)?, Path::new("granite-3.1-8b-instruct"))
+    }
+
     /// `[out, in]` of a projection.
     pub fn projection_shape(&self, projection: Projection) -> [i64; 2] {
         let (hidden, inter) = (self.hidden_size, self.intermediate_size);

@@ -6,12 +6,13 @@ use tch::{Device, Kind, Tensor};
 use super::batch::Batch;
 use super::config::ModelConfig;
 use super::fused::Fused;
-use super::fused::plan::{Limits, Sizes};
+use super::fused::plan::{Limits, MemoryLayout, Sizes};
 use super::init;
 use super::kv_cache::KvCache;
 use super::layer::{DecoderLayer, LayerSaved, PassContext};
 use super::linear::{Adapter, DropoutStep, LoraLinear};
 use super::load::{Loader, Weights};
+use super::noise::{NoiseStep, noisy};
 use super::params::ParamSet;
 use super::weights::TensorSource;
 use crate::kernels::cross_entropy::{
@@ -19,7 +20,7 @@ use crate::kernels::cross_entropy::{
 };
 use crate::kernels::rms_norm::{RmsNormOut, rms_norm_backward_reference, rms_norm_reference};
 use crate::kernels::rope::RotaryAngles;
-use crate::recipe::{LoraSpec, Projection, Quantization, Recompute};
+use crate::recipe::{LoraSpec, Projection, Quantization};
 
 /// How to hold the frozen weights.
 #[derive(Debug, Clone, Copy)]
@@ -60,6 +61,15 @@ pub struct GradOptions {
     pub seed: u64,
     /// Counter of the micro-batch since the start of the run, for dropout.
     pub microbatch: u64,
+    /// Strength of the noise on embeddings ([`super::noise`]); 0 without.
+    pub noise: f64,
+}
+
+impl GradOptions {
+    pub(super) fn noise_step(&self) -> Option<NoiseStep> {
+        let Self { seed, microbatch, noise: alpha, .. } = *self;
+        (alpha > 0.0).then_some(NoiseStep { alpha, seed, microbatch })
+    }
 }
 
 /// A decoder with frozen weights and, when attached, a LoRA adapter.
@@ -181,11 +191,18 @@ impl Decoder {
     }
 
     /// Renews what is derived from the adapter (copies for products).
-    pub fn adapters_changed(&mut self) {
+    ///
+    /// # Errors
+    /// When a copy fails.
+    pub fn adapters_changed(&mut self) -> Result<()> {
         if let Some(Adapters { params, copies, .. }) = &mut self.adapters
             && copies.kind() != Kind::Float
         {
             tch::no_grad(|| copies.copy_(params.flat()));
+        }
+        match &self.fused {
+            Some(fused) => tch::no_grad(|| fused.adapters_changed(&self.layers)),
+            None => Ok(()),
         }
     }
 
@@ -194,15 +211,16 @@ impl Decoder {
     ///
     /// # Errors
     /// When no adapter is attached, or the memory does not suffice.
-    pub fn prepare(&mut self, limits: Limits, recompute: Recompute) -> Result<()> {
+    pub fn prepare(&mut self, limits: Limits, layout: impl Into<MemoryLayout>) -> Result<()> {
         let adapters = self.adapters.as_mut().context("no adapter is attached: there is nothing to train")?;
         // The passes take the parameters themselves.
         adapters.copies = adapters.params.flat().shallow_clone();
         for adapter in self.layers.iter_mut().flat_map(DecoderLayer::adapters_mut) {
             adapter.take_copies(&adapters.params, &adapters.copies);
         }
-        let sizes = Sizes::new(&self.config, &adapters.spec, limits, recompute);
-        self.fused = Some(Fused::new(sizes, self.kind(), self.device)?);
+        let sizes = Sizes::new(&self.config, &adapters.spec, limits, layout.into());
+        let (kind, device) = (self.kind(), self.device);
+        self.fused = Some(Fused::new(sizes, &mut self.layers, kind, device)?);
         Ok(())
     }
 
@@ -240,7 +258,7 @@ impl Decoder {
                 return per_sequence(batch, &fused.loss(self.frozen(), batch, self.adapters_on)?);
             }
             let pass = self.pass(batch, None);
-            let hidden = self.forward(batch, &pass, |_| {})?;
+            let hidden = self.forward(batch, &pass, None, |_| {})?;
             let normed = self.final_norm(&hidden.index_select(0, &batch.rows)).y;
             let labels = batch.labels.index_select(0, &batch.rows);
             let losses = cross_entropy_reference(&normed, &self.head(), &labels, self.config.logits_scaling);
@@ -265,10 +283,10 @@ impl Decoder {
             if let Some(fused) = &self.fused {
                 return per_sequence(batch, &fused.loss_and_grad(self.frozen(), batch, options, grads)?);
             }
-            let GradOptions { scale, seed, microbatch } = *options;
+            let GradOptions { scale, seed, microbatch, .. } = *options;
             let pass = self.pass(batch, Some(DropoutStep { seed, microbatch }));
             let mut saved = Vec::with_capacity(self.layers.len());
-            let hidden = self.forward(batch, &pass, |layer| saved.push(layer))?;
+            let hidden = self.forward(batch, &pass, options.noise_step(), |layer| saved.push(layer))?;
             let (losses, d_hidden) = self.head_with_grad(&hidden, batch, scale);
             self.backward(d_hidden, saved, &pass, grads)?;
             per_sequence(batch, &losses)
@@ -316,7 +334,7 @@ impl Decoder {
         self.check(batch)?;
         tch::no_grad(|| {
             let pass = self.pass(batch, None);
-            let hidden = self.forward(batch, &pass, |_| {})?;
+            let hidden = self.forward(batch, &pass, None, |_| {})?;
             let normed = self.final_norm(&hidden.index_select(0, rows)).y;
             Ok(logits_reference(&normed, &self.head(), self.config.logits_scaling))
         })
@@ -365,9 +383,16 @@ impl Decoder {
         &self,
         batch: &Batch,
         pass: &PassContext<'_>,
+        noise: Option<NoiseStep>,
         mut keep: impl FnMut(LayerSaved),
     ) -> Result<Tensor> {
-        let mut x = self.embed(&batch.input_ids); // [tokens, hidden]
+        let mut x = match noise {
+            Some(step) => {
+                let rows = self.embed_tokens.index_select(0, &batch.input_ids);
+                noisy(rows, batch, step)? * self.config.embedding_multiplier
+            }
+            None => self.embed(&batch.input_ids),
+        }; // [tokens, hidden]
         for layer in &self.layers {
             let (y, saved) = layer.forward(&x, pass)?;
             keep(saved);

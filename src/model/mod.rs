@@ -9,6 +9,7 @@ pub mod kv_cache;
 pub mod layer;
 pub mod linear;
 pub mod load;
+pub mod noise;
 pub mod params;
 pub mod random;
 pub mod weights;

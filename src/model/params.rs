@@ -56,6 +56,11 @@ impl ParamSet {
         Self { slots: self.slots.clone(), flat: self.flat.zeros_like() }
     }
 
+    /// The same layout over another allocation, `[elements]` f32.
+    pub fn over(&self, flat: Tensor) -> Self {
+        Self { slots: self.slots.clone(), flat }
+    }
+
     /// The layout.
     pub fn slots(&self) -> &[ParamSlot] {
         &self.slots

@@ -103,7 +103,7 @@ impl Recipe {
 
     fn check(&self, path: &Path) -> Result<(), RecipeError> {
         let (lora, train) = (&self.lora, &self.train);
-        let rules: [(&'static str, String, bool, &'static str); 21] = [
+        let rules: Vec<(&'static str, String, bool, &'static str)> = vec![
             (
                 "name",
                 format!("`{}`", self.name),
@@ -200,6 +200,18 @@ impl Recipe {
                 is_not_negative(train.max_grad_norm),
                 "0 or more",
             ),
+            (
+                "train.neftune_noise_alpha",
+                optional(train.neftune_noise_alpha),
+                train.neftune_noise_alpha.is_none_or(is_positive),
+                "a number above 0",
+            ),
+            (
+                "train.loraplus_lr_ratio",
+                optional(train.loraplus_lr_ratio),
+                train.loraplus_lr_ratio.is_none_or(is_positive),
+                "a number above 0",
+            ),
         ];
         for (key, value, holds, expected) in rules {
             if !holds {
@@ -212,6 +224,10 @@ impl Recipe {
 
 /// What numbers of rows and ranks may be: beyond, estimates of memory would no longer fit 64 bits.
 const COUNTS: RangeInclusive<usize> = 1..=65536;
+
+fn optional(value: Option<f64>) -> String {
+    value.map_or_else(|| "none".to_string(), |value| value.to_string())
+}
 
 /// A number above zero, neither infinite nor NaN.
 fn is_positive(value: f64) -> bool {

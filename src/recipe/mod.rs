@@ -353,10 +353,27 @@ pub struct TrainSpec {
     pub eval_every: u64,
     /// A checkpoint every so many steps; 0: at the end of each epoch.
     pub save_every: u64,
-    /// Checkpoints that stay.
+    /// Checkpoints that stay: the newest.
     pub keep_last: usize,
+    /// The checkpoint of the least validation loss stays too; one is written whenever that loss falls.
+    pub keep_best: bool,
+    /// Ends the training after so many validations in a row without a smaller loss, and keeps the best; 0: never.
+    pub early_stopping_patience: u64,
+    /// Noise on the embeddings while training (NEFTune's α, 5 to 15 in its paper); absent: none.
+    pub neftune_noise_alpha: Option<f64>,
+    /// Learning rate of the adapter's B over that of its A (LoRA+, 16 in its paper); absent: 1.
+    pub loraplus_lr_ratio: Option<f64>,
     /// What a GPU computes again in the backward pass to save memory; changes no number.
     pub recompute: RecomputeChoice,
+    /// Whether a GPU keeps the base weights dequantised, ready for products; absent: where there is room. Changes no number.
+    pub resident_weights: Option<bool>,
+}
+
+impl TrainSpec {
+    /// Whether the checkpoint of the least validation loss stays.
+    pub fn keeps_best(&self) -> bool {
+        self.keep_best || self.early_stopping_patience > 0
+    }
 }
 
 impl Default for TrainSpec {
@@ -378,7 +395,12 @@ impl Default for TrainSpec {
             eval_every: 0,
             save_every: 0,
             keep_last: 3,
+            keep_best: false,
+            early_stopping_patience: 0,
+            neftune_noise_alpha: None,
+            loraplus_lr_ratio: None,
             recompute: RecomputeChoice::default(),
+            resident_weights: None,
         }
     }
 }
@@ -399,6 +421,19 @@ pub enum RecomputeChoice {
     /// As [`Recompute::LayerOffload`].
     #[serde(rename = "layer+offload")]
     LayerOffload,
+}
+
+impl RecomputeChoice {
+    /// What is asked for; `None`: the fastest that fits.
+    pub fn fixed(self) -> Option<Recompute> {
+        match self {
+            Self::Auto => None,
+            Self::None => Some(Recompute::None),
+            Self::Mlp => Some(Recompute::Mlp),
+            Self::Layer => Some(Recompute::Layer),
+            Self::LayerOffload => Some(Recompute::LayerOffload),
+        }
+    }
 }
 
 /// What the backward pass computes again, from much memory and speed to little of both.
@@ -546,10 +581,12 @@ impl Default for ServeSpec {
 pub struct MetricsSpec {
     /// One line per step on stderr.
     pub console: bool,
+    /// Event files for TensorBoard in the run's folder, under `tensorboard`.
+    pub tensorboard: bool,
 }
 
 impl Default for MetricsSpec {
     fn default() -> Self {
-        Self { console: true }
+        Self { console: true, tensorboard: false }
     }
 }

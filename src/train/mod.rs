@@ -1,5 +1,7 @@
 //! The training loop.
 
+mod feed;
+mod guard;
 pub mod interrupt;
 pub mod memory;
 pub mod optimizer;
@@ -7,4 +9,6 @@ pub mod order;
 pub mod plan;
 pub mod report;
 pub mod run;
+mod saver;
 pub mod schedule;
+mod steps;

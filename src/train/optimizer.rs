@@ -42,6 +42,8 @@ struct Run {
     parts: Vec<Part>,
     /// First and second.
     moments: [Moment; 2],
+    /// Of the learning rate.
+    factor: f64,
 }
 
 /// A parameter within a run.
@@ -85,12 +87,15 @@ impl AdamW {
 
     fn build(parameters: &ParamSet, spec: &TrainSpec, moments_on: Device) -> Self {
         let device = parameters.flat().device();
+        let ratio = spec.loraplus_lr_ratio.unwrap_or(1.0);
         let runs = match spec.optimizer {
-            Optimizer::AdamW => {
+            Optimizer::AdamW if ratio == 1.0 => {
                 let len = parameters.flat().size()[0];
-                vec![Run::new(0, vec![Part { name: ALL.to_string(), offset: 0, len }], false, moments_on)]
+                let whole = Part { name: ALL.to_string(), offset: 0, len };
+                vec![Run::new(0, vec![whole], false, 1.0, moments_on)]
             }
-            Optimizer::AdamW8bit => runs(parameters.slots(), moments_on),
+            Optimizer::AdamW => runs(parameters.slots(), i64::MAX, ratio, moments_on),
+            Optimizer::AdamW8bit => runs(parameters.slots(), MIN_8BIT_SIZE, ratio, moments_on),
         };
         Self {
             betas: spec.betas,
@@ -216,28 +221,33 @@ impl AdamW {
     }
 }
 
-/// Neighbours with moments of one form, as long as blocks begin with each of them.
-fn runs(slots: &[ParamSlot], device: Device) -> Vec<Run> {
-    let coded = |slot: &ParamSlot| slot.len() >= MIN_8BIT_SIZE;
+/// Neighbours with moments of one form and one learning rate, as long as blocks begin with each of them. Parameters of
+/// `coded_from` elements and more have 8-bit moments; a B's learning rate is `ratio` times the others'.
+fn runs(slots: &[ParamSlot], coded_from: i64, ratio: f64, device: Device) -> Vec<Run> {
+    let coded = |slot: &ParamSlot| slot.len() >= coded_from;
+    let factor = |slot: &ParamSlot| if slot.name.ends_with("lora_B.weight") { ratio } else { 1.0 };
     let together = |a: &ParamSlot, b: &ParamSlot| {
-        coded(a) == coded(b) && (!coded(a) || a.len() % BLOCK == 0) && a.offset + a.len() == b.offset
+        coded(a) == coded(b)
+            && factor(a) == factor(b)
+            && (!coded(a) || a.len() % BLOCK == 0)
+            && a.offset + a.len() == b.offset
     };
     slots
         .chunk_by(together)
         .map(|slots| {
-            let (offset, coded) = (slots[0].offset, coded(&slots[0]));
+            let (offset, coded, factor) = (slots[0].offset, coded(&slots[0]), factor(&slots[0]));
             let part = |slot: &ParamSlot| Part {
                 name: slot.name.clone(),
                 offset: slot.offset - offset,
                 len: slot.len(),
             };
-            Run::new(offset, slots.iter().map(part).collect(), coded, device)
+            Run::new(offset, slots.iter().map(part).collect(), coded, factor, device)
         })
         .collect()
 }
 
 impl Run {
-    fn new(offset: i64, parts: Vec<Part>, coded: bool, device: Device) -> Self {
+    fn new(offset: i64, parts: Vec<Part>, coded: bool, factor: f64, device: Device) -> Self {
         let len = parts.iter().map(|part| part.len).sum();
         let moments = [true, false].map(|signed| {
             if coded {
@@ -247,11 +257,12 @@ impl Run {
                 Moment::Wide(Tensor::zeros([len], (Kind::Float, device)))
             }
         });
-        Self { offset, len, parts, moments }
+        Self { offset, len, parts, moments, factor }
     }
 
     /// Whole on a GPU; part by part on the CPU, where tensor operations make copies of what they work on.
     fn update(&self, p: &Tensor, g: &Tensor, norm_squared: &Tensor, step: &AdamWStep) -> Result<()> {
+        let step = &AdamWStep { lr: step.lr * self.factor, ..*step };
         let whole = [Part { name: String::new(), offset: 0, len: self.len }];
         for part in if p.device().is_cuda() { &whole } else { self.parts.as_slice() } {
             let within = |flat: &Tensor| flat.f_narrow(0, self.offset + part.offset, part.len);
@@ -297,7 +308,7 @@ mod tests {
         let parameters = ParamSet::zeros(shapes, Device::Cpu);
         let describe =
             |run: Run| (run.offset, run.len, matches!(run.moments[0], Moment::Coded { .. }), run.parts.len());
-        runs(parameters.slots(), Device::Cpu).into_iter().map(describe).collect()
+        runs(parameters.slots(), MIN_8BIT_SIZE, 1.0, Device::Cpu).into_iter().map(describe).collect()
     }
 
     #[test]

@@ -105,9 +105,14 @@ impl Plan {
 
     /// The largest batch, in training or in validation.
     pub fn largest_microbatch(&self) -> Limits {
+        self.largest_of(self.recipe.train.rows_per_microbatch)
+    }
+
+    /// As [`largest_microbatch`](Self::largest_microbatch), with other rows in a micro-batch.
+    pub fn largest_of(&self, rows_per_microbatch: usize) -> Limits {
         let most = |of: fn(&PackedRow) -> usize| {
             let largest = |rows: &[PackedRow]| rows.iter().map(of).max().unwrap_or(0) as i64;
-            let microbatch = largest(&self.train) * self.recipe.train.rows_per_microbatch as i64;
+            let microbatch = largest(&self.train) * rows_per_microbatch as i64;
             microbatch.max(largest(&self.validation))
         };
         Limits { tokens: most(PackedRow::tokens), sequences: most(|row| row.sequences.len()) }
@@ -118,7 +123,16 @@ impl Plan {
         let mut train = json!(self.recipe.train);
         if let Some(fields) = train.as_object_mut() {
             // When something is measured or saved, and what is computed again, changes no number of the training.
-            for free in ["eval_every", "save_every", "keep_last", "recompute"] {
+            let free = [
+                "eval_every",
+                "save_every",
+                "keep_last",
+                "keep_best",
+                "early_stopping_patience",
+                "recompute",
+                "resident_weights",
+            ];
+            for free in free {
                 fields.remove(free);
             }
         }

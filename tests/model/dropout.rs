@@ -21,7 +21,7 @@ fn gradients_under_dropout() {
     for fixture in fixture::all() {
         let (decoder, batch) = (fixture.adapted(Quantization::None, DROPOUT), batch());
         for (seed, microbatch) in [(1, 0), (1, 1), (u64::MAX, u64::MAX)] {
-            let options = GradOptions { scale: 1.0 / batch.supervised as f64, seed, microbatch };
+            let options = GradOptions { scale: 1.0 / batch.supervised as f64, seed, microbatch, noise: 0.0 };
             let grads = gradients(&decoder, &batch, &options);
             assert_gradients(fixture.name, &fixture, DROPOUT, &batch, &options, &grads);
         }
@@ -32,8 +32,9 @@ fn gradients_under_dropout() {
 fn the_same_keys_drop_the_same() {
     for fixture in fixture::all() {
         let (decoder, batch) = (fixture.adapted(Quantization::Nf4, DROPOUT), batch());
-        let take =
-            |seed, microbatch| gradients(&decoder, &batch, &GradOptions { scale: 1.0, seed, microbatch });
+        let take = |seed, microbatch| {
+            gradients(&decoder, &batch, &GradOptions { scale: 1.0, seed, microbatch, noise: 0.0 })
+        };
         let first = take(7, 3);
         assert_same("the same keys", take(7, 3).flat(), first.flat());
         assert!(!take(7, 4).flat().equal(first.flat()), "another micro-batch");

@@ -90,7 +90,7 @@ impl Fixture {
         for (name, mut view) in parameters.iter() {
             view.copy_(&self.adapter[name]);
         }
-        decoder.adapters_changed();
+        decoder.adapters_changed().expect("copies are made");
         decoder
     }
 

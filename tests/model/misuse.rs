@@ -49,7 +49,7 @@ fn tokens_beyond_the_vocabulary() {
     let batch = Batch::pack([&beyond], Device::Cpu);
     let error = format!("{:#}", decoder.loss(&batch).unwrap_err());
     assert!(error.contains("259"), "{error}");
-    let options = GradOptions { scale: 1.0, seed: 1, microbatch: 1 };
+    let options = GradOptions { scale: 1.0, seed: 1, microbatch: 1, noise: 0.0 };
     let mut grads = decoder.adapters().unwrap().zeros_like();
     assert!(decoder.loss_and_grad(&batch, &options, &mut grads).is_err());
     let mut cache = KvCache::new(decoder.config(), 8, decoder.kind(), Device::Cpu);
@@ -82,7 +82,7 @@ fn adapters_are_attached_once() {
     let mut decoder = granite.decoder(Quantization::None);
     let batch = granite.batch();
     let mut nothing = granite::model::params::ParamSet::zeros([], Device::Cpu);
-    let options = GradOptions { scale: 1.0, seed: 1, microbatch: 1 };
+    let options = GradOptions { scale: 1.0, seed: 1, microbatch: 1, noise: 0.0 };
     assert!(
         decoder.loss_and_grad(&batch, &options, &mut nothing).is_err(),
         "no adapter to take gradients of"

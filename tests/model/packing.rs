@@ -20,7 +20,7 @@ pub fn sequence(length: usize, salt: u32, learned: bool) -> Sequence {
 }
 
 fn options(supervised: i64) -> GradOptions {
-    GradOptions { scale: 1.0 / supervised as f64, seed: 9, microbatch: 4 }
+    GradOptions { scale: 1.0 / supervised as f64, seed: 9, microbatch: 4, noise: 0.0 }
 }
 
 #[test]

@@ -3,6 +3,7 @@
 #![expect(clippy::unwrap_used, reason = "a test says what failed by panicking")]
 
 mod optimizer;
+mod options;
 mod refusals;
 mod resume;
 mod schedule;

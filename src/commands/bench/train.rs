@@ -19,7 +19,7 @@ use crate::kernels::gpu::Gpu;
 use crate::model::batch::{Batch, Sequence};
 use crate::model::config::ModelConfig;
 use crate::model::decoder::{Decoder, GradOptions, LoadOptions};
-use crate::model::fused::plan::{Limits, MemoryPlan, Sizes};
+use crate::model::fused::plan::{Limits, MemoryLayout, MemoryPlan, Sizes};
 use crate::model::random::RandomWeights;
 use crate::progress;
 use crate::recipe::{LoraSpec, Optimizer, Quantization, TrainSpec};
@@ -36,6 +36,7 @@ struct Figures {
     rank: usize,
     dropout: f64,
     recompute: crate::recipe::Recompute,
+    resident_weights: bool,
     /// Median milliseconds of a step, and each step's.
     step_ms: f64,
     steps_ms: Vec<f64>,
@@ -65,7 +66,7 @@ pub fn run(args: &BenchTrainArgs) -> Result<()> {
     let lora = LoraSpec { rank: args.rank, alpha: 128.0, dropout: args.dropout, ..LoraSpec::default() };
     let batches = batches(&config, args, device)?;
     let limits = limits(args, &batches);
-    let sizes = Sizes::new(&config, &lora, limits, args.recompute);
+    let sizes = Sizes::new(&config, &lora, limits, layout(args));
     let plan = MemoryPlan::new(&sizes, Quantization::Nf4, Optimizer::AdamW8bit);
     progress::note(plan.to_string().trim_end());
     bridge::reset_peak(device)?;
@@ -78,26 +79,11 @@ pub fn run(args: &BenchTrainArgs) -> Result<()> {
 
 /// Granite-3.1-8B, or what `--config` says.
 fn config(args: &BenchTrainArgs) -> Result<ModelConfig> {
-    let (text, origin) = match &args.config {
-        Some(path) => (
-            std::fs::read_to_string(path).with_context(|| format!("cannot read `{}`", path.display()))?,
-            path.clone(),
-        ),
-        None => (GRANITE_3_1_8B.to_string(), "granite-3.1-8b".into()),
-    };
-    let value = serde_json::from_str(&text).with_context(|| format!("cannot read `{}`", origin.display()))?;
-    ModelConfig::from_hugging_face(&value, &origin)
+    let Some(path) = &args.config else { return ModelConfig::granite_8b() };
+    let read = || format!("cannot read `{}`", path.display());
+    let text = std::fs::read_to_string(path).with_context(read)?;
+    ModelConfig::from_hugging_face(&serde_json::from_str(&text).with_context(read)?, path)
 }
-
-/// The shape of Granite-3.1-8B-Instruct.
-const GRANITE_3_1_8B: &str = r#"{
-    "architectures": ["GraniteForCausalLM"], "model_type": "granite", "hidden_size": 4096, "intermediate_size": 12800,
-    "num_hidden_layers": 40, "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 49155,
-    "max_position_embeddings": 131072, "rms_norm_eps": 1e-5, "rope_theta": 10000000.0, "tie_word_embeddings": true,
-    "embedding_multiplier": 12.0, "attention_multiplier": 0.0078125, "residual_multiplier": 0.22,
-    "logits_scaling": 16.0, "hidden_act": "silu", "attention_bias": false, "mlp_bias": false,
-    "bos_token_id": 0, "eos_token_id": 0
-}"#;
 
 struct Bench {
     decoder: Decoder,
@@ -121,7 +107,7 @@ impl Bench {
         let load = LoadOptions { quantization: Quantization::Nf4, device };
         let mut decoder = Decoder::load(&source, config, &load)?;
         decoder.attach_lora(lora, 3)?;
-        decoder.prepare(limits(args, &batches), args.recompute)?;
+        decoder.prepare(limits(args, &batches), layout(args))?;
         let adapters = decoder.adapters().context("the decoder took no adapter")?;
         let spec = TrainSpec { max_grad_norm: 1.0, ..TrainSpec::default() };
         let optimizer = if args.recompute.offloads() {
@@ -137,13 +123,13 @@ impl Bench {
         let batch = &self.batches[self.step as usize % self.batches.len()];
         let supervised = batch.supervised as f64;
         let _ = self.gradients.flat().shallow_clone().zero_();
-        let options = GradOptions { scale: 1.0 / supervised, seed: 3, microbatch: self.step };
+        let options = GradOptions { scale: 1.0 / supervised, seed: 3, microbatch: self.step, noise: 0.0 };
         let loss = self.decoder.loss_and_grad(batch, &options, &mut self.gradients)?.sum() / supervised;
         self.mark("losses to the host")?;
         let adapters = self.decoder.adapters().context("the decoder took no adapter")?;
         self.step += 1;
         self.optimizer.step(adapters, &self.gradients, 2e-4, self.step)?;
-        self.decoder.adapters_changed();
+        self.decoder.adapters_changed()?;
         self.mark("optimiser")?;
         Ok(loss)
     }
@@ -195,6 +181,7 @@ impl Bench {
             rank: args.rank,
             dropout: args.dropout,
             recompute: args.recompute,
+            resident_weights: args.resident,
             step_ms,
             steps_ms: times,
             tokens_per_second: if args.dataset.is_some() { mean } else { even },
@@ -224,6 +211,10 @@ impl Bench {
             .map(|(name, seconds)| (name.to_string(), seconds * 1e3 / STEPS as f64))
             .collect())
     }
+}
+
+fn layout(args: &BenchTrainArgs) -> MemoryLayout {
+    MemoryLayout { recompute: args.recompute, resident_weights: args.resident }
 }
 
 /// As many tokens as are asked for, and as many sequences as there are.
@@ -296,7 +287,7 @@ fn needed_flops(config: &ModelConfig, lora: &LoraSpec, args: &BenchTrainArgs) ->
         * layers
         + (config.vocab_size * config.hidden_size) as f64;
     let adapters =
-        Sizes::new(config, lora, Limits { tokens: 1, sequences: 1 }, args.recompute).trainable() as f64;
+        Sizes::new(config, lora, Limits { tokens: 1, sequences: 1 }, layout(args)).trainable() as f64;
     let attention =
         3.5 * 2.0 * (config.num_attention_heads * config.head_dim) as f64 * args.length as f64 * layers;
     tokens * (4.0 * linear + 6.0 * adapters + attention)
@@ -306,7 +297,7 @@ fn told(figures: &Figures) -> String {
     let Figures { step_ms, tokens_per_second, mfu, planned_gib, peak_gib, reserved_gib, used_gib, .. } =
         figures;
     let mut text = format!(
-        "{} × {} tokens, rank {}, dropout {}, recompute {:?}\n\
+        "{} × {} tokens, rank {}, dropout {}, {}\n\
          step         {step_ms:.1} ms, {tokens_per_second:.0} tokens/s, {:.1} % of an H100's bf16 peak\n\
          memory       planned {planned_gib:.2} GiB, tensors {peak_gib:.2}, reserved {reserved_gib:.2}, GPU {used_gib:.2}\n\
          before       planned {:.3} GiB, tensors {:.3}\n\
@@ -315,7 +306,7 @@ fn told(figures: &Figures) -> String {
         figures.length,
         figures.rank,
         figures.dropout,
-        figures.recompute,
+        MemoryLayout { recompute: figures.recompute, resident_weights: figures.resident_weights },
         mfu * 100.0,
         figures.before_gib[0],
         figures.before_gib[1],

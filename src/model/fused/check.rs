@@ -15,7 +15,7 @@ use crate::kernels::nf4::Nf4Weight;
 use crate::model::batch::{Batch, Sequence};
 use crate::model::config::ModelConfig;
 use crate::model::decoder::{Decoder, GradOptions, LoadOptions, Loss};
-use crate::model::fused::plan::Limits;
+use crate::model::fused::plan::{Limits, MemoryLayout};
 use crate::model::params::ParamSet;
 use crate::model::random::RandomWeights;
 use crate::model::weights::TensorSource;
@@ -25,8 +25,11 @@ use crate::recipe::{LoraSpec, Projection, Quantization, Recompute};
 const SLACK: f64 = 1.5;
 
 /// One shape of model, adapter and batch.
+#[derive(Clone)]
 struct Case {
     name: &'static str,
+    /// Strength of noise on the embeddings: only where both sides draw it with one generator.
+    noise: f64,
     lora: LoraSpec,
     lengths: &'static [usize],
     head_dim: i64,
@@ -55,25 +58,35 @@ fn cases() -> [Case; 5] {
     use Projection::{DownProj, QProj, UpProj, VProj};
     [
         Case {
+            noise: 0.0,
             name: "packed",
             lora: lora(8, 0.0, &Projection::ALL),
             lengths: &[1, 33, 130, 7, 64, 200],
             head_dim: 64,
         },
         Case {
+            noise: 0.0,
             name: "equal lengths",
             lora: lora(16, 0.0, &Projection::ALL),
             lengths: &[128, 128, 128],
             head_dim: 128,
         },
         Case {
+            noise: 0.0,
             name: "heads that libtorch takes",
             lora: lora(8, 0.0, &Projection::ALL),
             lengths: &[1, 33, 130],
             head_dim: 32,
         },
-        Case { name: "dropout", lora: lora(8, 0.1, &Projection::ALL), lengths: &[65, 300, 2], head_dim: 64 },
         Case {
+            noise: 0.0,
+            name: "dropout",
+            lora: lora(8, 0.1, &Projection::ALL),
+            lengths: &[65, 300, 2],
+            head_dim: 64,
+        },
+        Case {
+            noise: 0.0,
             name: "some projections, rank 12",
             lora: lora(12, 0.1, &[QProj, VProj, UpProj, DownProj]),
             lengths: &[97, 100],
@@ -87,12 +100,12 @@ fn compare(case: &Case, device: Device) -> Result<usize> {
     let weights = Fixed::new(&config)?;
     let truth = Trained::new(case, &config, &weights, Device::Cpu, None)?;
     let twin = Trained::new(case, &config, &weights, device, None)?;
-    let fused = Trained::new(case, &config, &weights, device, Some(Recompute::None))?;
-    for again in [Recompute::Mlp, Recompute::Layer, Recompute::LayerOffload] {
-        let other = Trained::new(case, &config, &weights, device, Some(again))?;
+    let fused = Trained::new(case, &config, &weights, device, Some(Recompute::None.into()))?;
+    for layout in MemoryLayout::all() {
+        let other = Trained::new(case, &config, &weights, device, Some(layout))?;
         ensure!(
             other.gradients.flat().equal(fused.gradients.flat()) && other.loss == fused.loss,
-            "recompute {again:?} gives other bits than none"
+            "{layout} gives other bits than none of it"
         );
     }
     let errors = |one: &Trained| -> f64 {
@@ -130,7 +143,7 @@ impl Trained {
         config: &ModelConfig,
         weights: &Fixed,
         device: Device,
-        fused: Option<Recompute>,
+        fused: Option<MemoryLayout>,
     ) -> Result<Self> {
         let load = LoadOptions { quantization: Quantization::Nf4, device };
         let mut decoder = Decoder::load(weights, config, &load)?;
@@ -140,15 +153,16 @@ impl Trained {
         tch::manual_seed(11);
         let noise = Tensor::randn([params.flat().size()[0]], (Kind::Float, Device::Cpu)) * 0.02;
         tch::no_grad(|| params.flat().shallow_clone().copy_(&noise));
-        decoder.adapters_changed();
+        decoder.adapters_changed()?;
         let batch = batch(case, config, device);
-        if let Some(recompute) = fused {
+        if let Some(layout) = fused {
             // More room than the batch needs, so that buffers are used in part; too little for its sequences.
             let limits = Limits { tokens: batch.tokens() + 37, sequences: batch.sources.len() as i64 - 1 };
-            decoder.prepare(limits, recompute)?;
+            decoder.prepare(limits, layout)?;
         }
         let mut gradients = decoder.adapters().context("no adapter")?.zeros_like();
-        let options = GradOptions { scale: 1.0 / batch.supervised as f64, seed: 17, microbatch: 3 };
+        let options =
+            GradOptions { scale: 1.0 / batch.supervised as f64, seed: 17, microbatch: 3, noise: case.noise };
         let loss = decoder.loss_and_grad(&batch, &options, &mut gradients)?;
         Ok(Self { loss, gradients })
     }
@@ -239,23 +253,21 @@ mod tests {
     /// In f32 both ways round alike, so that a wrong line shows far above the noise.
     #[test]
     fn the_passes_are_the_layers_in_f32() {
-        for case in cases() {
+        let noisy = Case { name: "noise on the embeddings", noise: 5.0, ..cases()[0].clone() };
+        for case in cases().into_iter().chain([noisy]) {
             let config = config(case.head_dim).unwrap();
             let weights = Fixed::new(&config).unwrap();
             let truth = Trained::new(&case, &config, &weights, Device::Cpu, None).unwrap();
-            for recompute in Recompute::ALL {
-                let fused = Trained::new(&case, &config, &weights, Device::Cpu, Some(recompute)).unwrap();
+            for layout in MemoryLayout::all() {
+                let fused = Trained::new(&case, &config, &weights, Device::Cpu, Some(layout)).unwrap();
                 let name = case.name;
                 for (found, wanted) in fused.loss.per_sequence.iter().zip(&truth.loss.per_sequence) {
-                    assert!(
-                        (found - wanted).abs() <= 1e-5 * wanted,
-                        "{name}, {recompute:?}: {found} {wanted}"
-                    );
+                    assert!((found - wanted).abs() <= 1e-5 * wanted, "{name}, {layout}: {found} {wanted}");
                 }
                 for ((slot, found), (_, wanted)) in fused.gradients.iter().zip(truth.gradients.iter()) {
                     let norm = wanted.norm().double_value(&[]);
                     let error = (found - &wanted).norm().double_value(&[]) / norm;
-                    assert!(norm > 0.0 && error < 2e-5, "{name}, {recompute:?}, {slot}: {error:e}");
+                    assert!(norm > 0.0 && error < 2e-5, "{name}, {layout}, {slot}: {error:e}");
                 }
             }
         }

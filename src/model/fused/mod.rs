@@ -12,6 +12,7 @@ mod offload;
 mod pass;
 pub mod plan;
 mod product;
+mod weights;
 mod workspace;
 
 use anyhow::{Result, ensure};
@@ -20,10 +21,12 @@ use tch::{Device, Kind, Tensor};
 use self::offload::Offload;
 use self::pass::Pass;
 use self::plan::Sizes;
+use self::weights::Resident;
 use self::workspace::Workspace;
 use super::batch::Batch;
 use super::config::ModelConfig;
 use super::decoder::{Frozen, GradOptions};
+use super::layer::DecoderLayer;
 use super::linear::DropoutStep;
 use super::params::ParamSet;
 use crate::kernels::gemm::Gemm;
@@ -34,6 +37,8 @@ use crate::kernels::stopwatch::Stopwatch;
 pub struct Fused {
     sizes: Sizes,
     workspace: Workspace,
+    /// Weights that stay laid out.
+    resident: Option<Resident>,
     /// Where streams are kept on the host.
     offload: Option<Offload>,
     gemm: Gemm,
@@ -42,24 +47,35 @@ pub struct Fused {
 }
 
 impl Fused {
-    /// Takes the memory.
+    /// Takes the memory. Where weights are to be resident, the layers' become views into them.
     ///
     /// # Errors
     /// When there is not enough of it.
-    pub(super) fn new(sizes: Sizes, kind: Kind, device: Device) -> Result<Self> {
+    pub(super) fn new(
+        sizes: Sizes,
+        layers_of_model: &mut [DecoderLayer],
+        kind: Kind,
+        device: Device,
+    ) -> Result<Self> {
         let ModelConfig { num_hidden_layers: layers, hidden_size: hidden, .. } = sizes.config;
         let offload = sizes
+            .layout
             .recompute
             .offloads()
             .then(|| Offload::new(layers, sizes.tokens, hidden, kind, device))
             .transpose()?;
-        Ok(Self {
+        let resident =
+            sizes.layout.resident_weights.then(|| Resident::new(&sizes, layers_of_model, kind, device));
+        let fused = Self {
             offload,
+            resident: resident.transpose()?,
             workspace: Workspace::new(&sizes, kind, device)?,
             gemm: Gemm::new(device)?,
             clock: Stopwatch::default(),
             sizes,
-        })
+        };
+        fused.adapters_changed(layers_of_model)?;
+        Ok(fused)
     }
 
     /// Whether a batch is no larger than the memory was taken for.
@@ -70,7 +86,7 @@ impl Fused {
     /// Losses of the supervised positions without dropout, `[supervised]` f32.
     pub(super) fn loss(&self, frozen: Frozen<'_>, batch: &Batch, adapted: bool) -> Result<Tensor> {
         let pass = Pass::new(&self.sizes, frozen, batch, None, adapted)?;
-        drop(self.forward(batch, &pass)?);
+        drop(self.forward(batch, &pass, None)?);
         self.head(batch, &pass, None)
     }
 
@@ -88,10 +104,10 @@ impl Fused {
             batch.tokens(),
             self.sizes.tokens
         );
-        let GradOptions { scale, seed, microbatch } = *options;
+        let GradOptions { scale, seed, microbatch, .. } = *options;
         let dropout = self.drops(&frozen).then_some(DropoutStep { seed, microbatch });
         let pass = Pass::new(&self.sizes, frozen, batch, dropout, true)?;
-        let kept = self.forward(batch, &pass)?;
+        let kept = self.forward(batch, &pass, options.noise_step())?;
         let losses = self.head(batch, &pass, Some(scale))?;
         self.backward(kept, &pass, grads)?;
         Ok(losses)

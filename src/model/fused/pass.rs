@@ -17,6 +17,7 @@ use crate::model::batch::Batch;
 use crate::model::decoder::Frozen;
 use crate::model::layer::DecoderLayer;
 use crate::model::linear::DropoutStep;
+use crate::model::noise::{NoiseStep, add_noise};
 use crate::model::params::ParamSet;
 use crate::recipe::Recompute;
 
@@ -70,13 +71,21 @@ impl Fused {
     }
 
     /// All layers; gives what attention kept of each that keeps it. The stream's last sum is left to the head.
-    pub(super) fn forward(&self, batch: &Batch, pass: &Pass<'_>) -> Result<Vec<Attended>> {
+    pub(super) fn forward(
+        &self,
+        batch: &Batch,
+        pass: &Pass<'_>,
+        noise: Option<NoiseStep>,
+    ) -> Result<Vec<Attended>> {
         let Frozen { config, embed_tokens, layers, .. } = pass.frozen;
         let first = self.kept(0, pass.tokens);
         if let Some(offload) = &self.offload {
             offload.wait(0)?;
         }
         let _ = embed_tokens.f_index_select_out(&first.x, 0, &batch.input_ids)?;
+        if let Some(step) = noise {
+            add_noise(&first.x, batch, step, &self.inner(config.hidden_size, pass.tokens))?;
+        }
         if config.embedding_multiplier != 1.0 {
             let _ = first.x.shallow_clone().f_mul_scalar_(config.embedding_multiplier)?;
         }
@@ -91,7 +100,7 @@ impl Fused {
             }
             let attended = self.attend(index, layer, pass)?;
             self.feed_forward(index, layer, pass)?;
-            if !self.sizes.recompute.is_layer() {
+            if !self.sizes.layout.recompute.is_layer() {
                 kept.push(attended);
             }
         }
@@ -120,13 +129,13 @@ impl Fused {
     fn attend(&self, index: usize, layer: &DecoderLayer, pass: &Pass<'_>) -> Result<Attended> {
         let (config, tokens) = (pass.frozen.config, pass.tokens);
         let kept = self.kept(index, tokens);
-        let qkv = self.at(GroupName::Qkv, layer);
+        let qkv = self.at(GroupName::Qkv, index, layer);
         self.forward_product(qkv, &self.input_of(qkv.group, tokens), &kept.xa, &kept.qkv, pass)?;
         rotate_in_place(&rotated(&kept.qkv, config), &pass.table, false)?;
         self.clock.mark("rotary")?;
         let (input, attended) = self.attention(&kept, pass)?;
         let branch = self.branch(config.hidden_size, tokens);
-        self.forward_product(self.at(GroupName::O, layer), &input, &kept.xa, &branch, pass)?;
+        self.forward_product(self.at(GroupName::O, index, layer), &input, &kept.xa, &branch, pass)?;
         let group = self.sizes.group(GroupName::GateUp);
         let y = self.input_of(group, tokens).narrow(1, 0, group.input);
         add_rms_norm_into(
@@ -147,18 +156,19 @@ impl Fused {
     fn feed_forward(&self, index: usize, layer: &DecoderLayer, pass: &Pass<'_>) -> Result<()> {
         let (config, tokens) = (pass.frozen.config, pass.tokens);
         let kept = self.kept(index, tokens);
-        let gate_up = self.gate_up(&kept, layer, pass)?;
+        let gate_up = self.gate_up(index, layer, pass)?;
         let group = self.sizes.group(GroupName::Down);
         let input = self.input_of(group, tokens);
         swiglu_into(&gate_up, &input.narrow(1, 0, group.input))?;
         self.clock.mark("swiglu")?;
         let branch = self.branch(config.hidden_size, tokens);
-        self.forward_product(self.at(GroupName::Down, layer), &input, &kept.xa, &branch, pass)
+        self.forward_product(self.at(GroupName::Down, index, layer), &input, &kept.xa, &branch, pass)
     }
 
     /// Gate and up, `[tokens, 2 · inter]`, of the normed stream in the workspace.
-    fn gate_up(&self, kept: &Kept, layer: &DecoderLayer, pass: &Pass<'_>) -> Result<Tensor> {
-        let at = self.at(GroupName::GateUp, layer);
+    fn gate_up(&self, index: usize, layer: &DecoderLayer, pass: &Pass<'_>) -> Result<Tensor> {
+        let kept = self.kept(index, pass.tokens);
+        let at = self.at(GroupName::GateUp, index, layer);
         let gate_up = kept.gate_up.narrow(1, 0, at.group.output());
         self.forward_product(at, &self.input_of(at.group, pass.tokens), &kept.xa, &gate_up, pass)?;
         Ok(gate_up)
@@ -253,7 +263,7 @@ impl Fused {
             if let Some(offload) = &self.offload {
                 offload.wait(index)?;
             }
-            let attended = match self.sizes.recompute {
+            let attended = match self.sizes.layout.recompute {
                 Recompute::Layer | Recompute::LayerOffload => self.again(index, layer, pass)?,
                 Recompute::None | Recompute::Mlp => {
                     kept.pop().context("a layer kept nothing of its attention")?
@@ -272,7 +282,7 @@ impl Fused {
     fn again(&self, index: usize, layer: &DecoderLayer, pass: &Pass<'_>) -> Result<Attended> {
         let _ = self.normed_x(index, layer, pass)?;
         let attended = self.attend(index, layer, pass)?;
-        let _ = self.gate_up(&self.kept(index, pass.tokens), layer, pass)?;
+        let _ = self.gate_up(index, layer, pass)?;
         Ok(attended)
     }
 
@@ -310,11 +320,11 @@ impl Fused {
         let (hidden, inter) = (config.hidden_size, config.intermediate_size);
         let factor = config.residual_multiplier;
         let kept = self.kept(index, tokens);
-        if self.sizes.recompute == Recompute::Mlp {
+        if self.sizes.layout.recompute == Recompute::Mlp {
             let _ = self.normed_middle(index, layer, pass)?;
-            let _ = self.gate_up(&kept, layer, pass)?;
+            let _ = self.gate_up(index, layer, pass)?;
         }
-        let down = self.at(GroupName::Down, layer);
+        let down = self.at(GroupName::Down, index, layer);
         let dy = self.gradient(tokens).narrow(1, 0, hidden + down.group.ranks());
         let d_inner = self.inner(inter, tokens);
         self.through_b(down, &dy)?;
@@ -326,7 +336,7 @@ impl Fused {
         let gate_up = kept.gate_up.narrow(1, 0, 2 * inter);
         swiglu_backward_into(&d_inner, &gate_up, Some(&input))?;
         self.clock.mark("swiglu")?;
-        if self.sizes.recompute.is_layer() {
+        if self.sizes.layout.recompute.is_layer() {
             // The layer was computed again only up to gate and up.
             self.adapter_input(down, &whole_input, &kept.xa, pass)?;
         }
@@ -335,7 +345,7 @@ impl Fused {
             self.adapter_gradients(down, operands, factor, pass, grads)
         }?;
 
-        let gate_and_up = self.at(GroupName::GateUp, layer);
+        let gate_and_up = self.at(GroupName::GateUp, index, layer);
         let dy = &kept.gate_up;
         let d_normed = self.branch(hidden, tokens);
         let spare = self.inner(hidden, tokens);
@@ -365,7 +375,7 @@ impl Fused {
         let hidden = config.hidden_size;
         let factor = config.residual_multiplier;
         let kept = self.kept(index, tokens);
-        let o = self.at(GroupName::O, layer);
+        let o = self.at(GroupName::O, index, layer);
         let dy = self.gradient(tokens).narrow(1, 0, hidden + o.group.ranks());
         let d_o = self.branch(o.group.input, tokens);
         let spare = self.inner(o.group.input, tokens);
@@ -377,7 +387,7 @@ impl Fused {
             self.adapter_gradients(o, operands, factor, pass, grads)
         }?;
 
-        let qkv = self.at(GroupName::Qkv, layer);
+        let qkv = self.at(GroupName::Qkv, index, layer);
         let dy = self.inner(qkv.group.output() + qkv.group.ranks(), tokens);
         self.attention_backward(&d_o, attended, &kept, &dy.narrow(1, 0, qkv.group.output()), pass)?;
         rotate_in_place(&rotated(&dy, config), &pass.table, true)?;

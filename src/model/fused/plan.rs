@@ -65,6 +65,39 @@ pub struct Limits {
     pub sequences: i64,
 }
 
+/// What a training keeps and where, from much memory and speed to little of both. No number depends on it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+pub struct MemoryLayout {
+    /// What the backward pass computes again.
+    pub recompute: Recompute,
+    /// Base weights stay dequantised, ready for products; else they are dequantised for each.
+    pub resident_weights: bool,
+}
+
+impl MemoryLayout {
+    /// Every one, the fastest first.
+    pub fn all() -> impl Iterator<Item = Self> {
+        Recompute::ALL
+            .into_iter()
+            .flat_map(|recompute| [true, false].map(|resident_weights| Self { recompute, resident_weights }))
+    }
+}
+
+impl From<Recompute> for MemoryLayout {
+    /// With weights dequantised at each use.
+    fn from(recompute: Recompute) -> Self {
+        Self { recompute, resident_weights: false }
+    }
+}
+
+impl fmt::Display for MemoryLayout {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let weights =
+            if self.resident_weights { "resident weights" } else { "weights dequantised at each use" };
+        write!(f, "recompute {}, {weights}", self.recompute.name())
+    }
+}
+
 /// Sizes that decide the regions.
 #[derive(Debug, Clone)]
 pub struct Sizes {
@@ -74,15 +107,15 @@ pub struct Sizes {
     sequences: i64,
     pub(super) config: ModelConfig,
     pub(super) groups: [Group; 4],
-    pub(super) recompute: Recompute,
+    pub(super) layout: MemoryLayout,
 }
 
 impl Sizes {
     /// For micro-batches within `limits`.
-    pub fn new(config: &ModelConfig, lora: &LoraSpec, limits: Limits, recompute: Recompute) -> Self {
+    pub fn new(config: &ModelConfig, lora: &LoraSpec, limits: Limits, layout: MemoryLayout) -> Self {
         let groups = GroupName::ALL.map(|name| Group::new(name, config, lora));
         let Limits { tokens, sequences } = limits;
-        Self { tokens, sequences, config: config.clone(), groups, recompute }
+        Self { tokens, sequences, config: config.clone(), groups, layout }
     }
 
     /// Whether our kernels take the model's heads; else attention is libtorch's.
@@ -162,7 +195,7 @@ impl Sizes {
     /// How many layers keep (the stream before them, what attention needs, gate and up).
     pub(super) fn kept_layers(&self) -> [i64; 3] {
         let layers = self.config.num_hidden_layers as i64;
-        match self.recompute {
+        match self.layout.recompute {
             Recompute::None => [layers, layers, layers],
             Recompute::Mlp => [layers, layers, 1],
             Recompute::Layer => [layers, 1, 1],
@@ -182,7 +215,11 @@ impl Sizes {
             Region::new("stream between the blocks", t * (hidden * BF16 + F32), blocks),
             Region::new("adapter inputs", t * self.adapter_columns() * BF16, blocks),
             Region::new("gate and up", t * self.gate_up_columns() * BF16, gates),
-            Region::new("weights of a product", self.weight_elements() * BF16, 1),
+            Region::new(
+                "weights of a product",
+                self.weight_elements() * BF16,
+                i64::from(!self.layout.resident_weights),
+            ),
             Region::new("input of a product, logits", self.input_elements() * BF16, 1),
             Region::new("inner gradients", self.inner_elements() * BF16, 1),
             Region::new("branch", self.branch_elements() * BF16, 1),
@@ -225,7 +262,13 @@ impl Sizes {
             Quantization::None => taken(linear * BF16),
         };
         let sizes = Projection::ALL.iter().map(|one| config.projection_shape(*one).iter().product::<i64>());
-        let linear_bytes = sizes.map(bytes).sum();
+        let laid_out =
+            |group: &Group| taken((group.output() + group.ranks()) * (group.input + group.ranks()) * BF16);
+        let linear_bytes = if self.layout.resident_weights {
+            self.groups.iter().map(laid_out).sum()
+        } else {
+            sizes.map(bytes).sum()
+        };
         let tables = if config.tie_word_embeddings { 1 } else { 2 };
         let trainable = self.trainable();
         let moments = match optimizer {
@@ -238,7 +281,7 @@ impl Sizes {
             Region::new("norms", config.hidden_size * BF16, 2 * layers + 1),
             Region::new("adapter, f32", trainable * F32, 1),
             Region::new("adapter gradients", trainable * F32, 1),
-            Region::new("moments", if self.recompute.offloads() { 0 } else { moments }, 1),
+            Region::new("moments", if self.layout.recompute.offloads() { 0 } else { moments }, 1),
         ]
     }
 
@@ -260,8 +303,8 @@ pub fn padded_vocab(vocab: i64) -> i64 {
 pub struct MemoryPlan {
     /// The largest first.
     pub regions: Vec<Region>,
-    /// What is computed again in the backward pass.
-    pub recompute: Recompute,
+    /// What lies where.
+    pub layout: MemoryLayout,
     /// Bytes of all.
     pub total: i64,
 }
@@ -273,7 +316,7 @@ impl MemoryPlan {
         regions.extend(sizes.activations());
         regions.sort_by_key(|region| -region.total());
         let total = regions.iter().map(Region::total).sum();
-        Self { regions, recompute: sizes.recompute, total }
+        Self { regions, layout: sizes.layout, total }
     }
 
     /// Bytes that are taken before the first step: all but what libtorch's attention takes.

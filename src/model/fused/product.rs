@@ -8,15 +8,15 @@ use super::group::{Group, GroupName, Member};
 use super::pass::Pass;
 use super::workspace::matrix;
 use crate::kernels::dropout::{dropout_add_rows, dropout_rows_into};
-use crate::kernels::nf4::dequantize_into;
 use crate::model::layer::DecoderLayer;
-use crate::model::linear::{Adapter, BaseWeight};
+use crate::model::linear::Adapter;
 use crate::model::params::ParamSet;
 
 /// A group in one layer.
 #[derive(Clone, Copy)]
 pub(super) struct At<'a> {
     pub(super) group: &'a Group,
+    pub(super) index: usize,
     pub(super) layer: &'a DecoderLayer,
     /// Columns of the layer's adapter inputs before the group's.
     pub(super) column: i64,
@@ -37,7 +37,7 @@ pub(super) struct AdapterOperands<'a> {
 
 impl<'a> At<'a> {
     /// Members that have an adapter.
-    fn adapted(self) -> impl Iterator<Item = (&'a Member, &'a Adapter)> {
+    pub(super) fn adapted(self) -> impl Iterator<Item = (&'a Member, &'a Adapter)> {
         let layer = self.layer;
         let adapter = move |member: &'a Member| {
             layer.projection(member.projection).adapter.as_ref().map(|adapter| (member, adapter))
@@ -57,10 +57,10 @@ impl<'a> At<'a> {
 }
 
 impl Fused {
-    pub(super) fn at<'a>(&'a self, name: GroupName, layer: &'a DecoderLayer) -> At<'a> {
+    pub(super) fn at<'a>(&'a self, name: GroupName, index: usize, layer: &'a DecoderLayer) -> At<'a> {
         let before = GroupName::ALL.iter().position(|one| *one == name).unwrap_or(0);
         let column = self.sizes.groups[..before].iter().map(Group::ranks).sum();
-        At { group: self.sizes.group(name), layer, column }
+        At { group: self.sizes.group(name), index, layer, column }
     }
 
     /// The input of a group as it stands in the workspace, with room for its adapters' columns, `[tokens, in + ranks]`.
@@ -105,7 +105,7 @@ impl Fused {
             return Ok(());
         }
         let (x, spare) = (input.narrow(1, 0, width), input.narrow(1, width, ranks));
-        let a = self.laid_out(group).narrow(0, group.output(), ranks).narrow(1, 0, width);
+        let a = self.laid_out(at).narrow(0, group.output(), ranks).narrow(1, 0, width);
         if group.is_padded() {
             let _ = spare.shallow_clone().f_zero_()?;
         }
@@ -154,7 +154,7 @@ impl Fused {
     ) -> Result<()> {
         let At { group, .. } = at;
         let (outputs, width) = (group.output(), group.input);
-        let weight = self.laid_out(group).narrow(1, 0, width);
+        let weight = self.laid_out(at).narrow(1, 0, width);
         if pass.dropout.is_none() {
             self.gemm.multiply(dy, &weight, dx, factor, 0.0)?;
             return self.clock.mark("products");
@@ -198,45 +198,6 @@ impl Fused {
             self.gemm.multiply(&through_b.tr(), input, &grads.view(adapter.a_slot), factor, 1.0)?;
         }
         self.clock.mark("adapter")
-    }
-
-    /// The group's weights in the workspace, `[out + ranks, in + ranks]`: see [`super::group`].
-    fn lay_out(&self, at: At<'_>, adapted: bool) -> Result<Tensor> {
-        let At { group, layer, .. } = at;
-        let (outputs, width, ranks) = (group.output(), group.input, group.ranks());
-        let whole = self.laid_out(group);
-        for member in &group.members {
-            let to = whole.narrow(0, member.row, member.rows).narrow(1, 0, width);
-            match &layer.projection(member.projection).base {
-                BaseWeight::Nf4(weight) => dequantize_into(weight, &to)?,
-                BaseWeight::Dense(weight) => {
-                    let mut to = to;
-                    to.f_copy_(weight)?;
-                }
-            }
-        }
-        if !adapted || ranks == 0 {
-            return Ok(whole);
-        }
-        let filled = at.adapted().count() == 1 && group.members.len() == 1 && !group.is_padded();
-        if !filled {
-            let _ = whole.narrow(1, width, ranks).f_zero_()?;
-            let _ = whole.narrow(0, outputs, ranks).f_zero_()?;
-        }
-        for (member, adapter) in at.adapted() {
-            let column = width + member.column;
-            let mut b = whole.narrow(0, member.row, member.rows).narrow(1, column, member.rank);
-            b.f_copy_(&adapter.b)?;
-            let mut a = whole.narrow(0, outputs + member.column, member.rank).narrow(1, 0, width);
-            a.f_copy_(&adapter.a)?;
-        }
-        Ok(whole)
-    }
-
-    /// The weights of the group that was laid out last.
-    fn laid_out(&self, group: &Group) -> Tensor {
-        let ranks = group.ranks();
-        matrix(&self.workspace.weight, group.output() + ranks, group.input + ranks)
     }
 
     fn drop_into(&self, at: At<'_>, member: &Member, x: &Tensor, to: &Tensor, pass: &Pass<'_>) -> Result<()> {

@@ -89,7 +89,7 @@ impl Kept {
 pub(super) struct Workspace {
     /// One a layer.
     pub(super) kept: Vec<Kept>,
-    /// A group's weights with its adapters.
+    /// A group's weights with its adapters; empty where weights are resident.
     pub(super) weight: Tensor,
     /// A product's input; a chunk of logits.
     pub(super) input: Tensor,
@@ -156,7 +156,7 @@ impl Workspace {
         }
         Ok(Self {
             kept,
-            weight: values(&[sizes.weight_elements()])?,
+            weight: values(&[if sizes.layout.resident_weights { 0 } else { sizes.weight_elements() }])?,
             input: values(&[sizes.input_elements()])?,
             inner: values(&[sizes.inner_elements()])?,
             branch: values(&[sizes.branch_elements()])?,
