@@ -227,7 +227,7 @@ pub struct DoctorArgs {
     #[arg(long, value_name = "NAME", requires = "kernels")]
     pub only: Vec<String>,
 
-    /// With `--kernels`: fewer and smaller cases, for runs under a memory checker.
+    /// With `--kernels`: fewer and smaller cases and no timing, for runs under a memory checker.
     #[arg(long, requires = "kernels")]
     pub short: bool,
 

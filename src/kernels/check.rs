@@ -41,9 +41,14 @@ pub struct Check {
 }
 
 impl Check {
-    fn new(name: &'static str, outcome: Result<Outcome>) -> Self {
-        match outcome {
-            Ok(Outcome { cases, exact, bandwidth }) => Self { name, cases, exact, failure: None, bandwidth },
+    /// What came of a check; where its kernel is bound by memory and time is to be taken, it is timed now.
+    fn new(name: &'static str, outcome: Result<Outcome>, timed: bool) -> Self {
+        let timing = |outcome: Outcome| -> Result<(usize, bool, Option<f64>)> {
+            let bandwidth = outcome.timing.filter(|_| timed).map(|timing| timing()).transpose()?;
+            Ok((outcome.cases, outcome.exact, bandwidth))
+        };
+        match outcome.and_then(timing) {
+            Ok((cases, exact, bandwidth)) => Self { name, cases, exact, failure: None, bandwidth },
             Err(error) => {
                 Self { name, cases: 0, exact: false, failure: Some(format!("{error:#}")), bandwidth: None }
             }
@@ -55,23 +60,26 @@ impl Check {
 struct Outcome {
     cases: usize,
     exact: bool,
-    bandwidth: Option<f64>,
+    timing: Option<Timing>,
 }
+
+/// Measures GB/s.
+type Timing = Box<dyn FnOnce() -> Result<f64>>;
 
 impl Outcome {
     /// So many comparisons bit for bit.
     fn exact(cases: usize) -> Self {
-        Self { cases, exact: true, bandwidth: None }
+        Self { cases, exact: true, timing: None }
     }
 
     /// So many comparisons within a tolerance.
     fn near(cases: usize) -> Self {
-        Self { cases, exact: false, bandwidth: None }
+        Self { cases, exact: false, timing: None }
     }
 
-    /// With the bandwidth reached, in GB/s.
-    fn at(self, bandwidth: f64) -> Self {
-        Self { bandwidth: Some(bandwidth), ..self }
+    /// With the way to measure the kernel's bandwidth, in GB/s.
+    fn timed(self, timing: impl FnOnce() -> Result<f64> + 'static) -> Self {
+        Self { timing: Some(Box::new(timing)), ..self }
     }
 }
 
@@ -83,8 +91,8 @@ const BEYOND_CACHES: i64 = 256 << 20;
 pub struct Selection {
     /// Beginnings of names; all checks when empty.
     pub only: Vec<String>,
-    /// Fewer and smaller cases where there are many: for a memory checker, under which a kernel takes a hundred
-    /// times as long.
+    /// Fewer and smaller cases where there are many, and no timing: for a memory checker, under which a kernel takes a
+    /// hundred times as long.
     pub short: bool,
 }
 
@@ -117,7 +125,7 @@ impl<'a> Checks<'a> {
     fn run(&mut self, name: &'static str, check: impl FnOnce(Device) -> Result<Outcome>) {
         self.names.push(name);
         if let Some(device) = self.device.filter(|_| self.selection.takes(name)) {
-            self.made.push(Check::new(name, check(device)));
+            self.made.push(Check::new(name, check(device), !self.selection.short));
         }
     }
 

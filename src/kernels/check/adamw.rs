@@ -59,7 +59,7 @@ fn grad_norm(device: Device) -> Result<Outcome> {
             cases += 1;
         }
     }
-    Ok(Outcome::near(cases).at(norm_rate(device)?))
+    Ok(Outcome::near(cases).timed(move || norm_rate(device)))
 }
 
 /// Over 128 Mi numbers.
@@ -71,7 +71,7 @@ pub(super) fn norm_rate(device: Device) -> Result<f64> {
 }
 
 fn adamw(device: Device, form: Form) -> Result<Outcome> {
-    Ok(Outcome::near(cases(device, form, &LENGTHS)?).at(rate(device, form)?))
+    Ok(Outcome::near(cases(device, form, &LENGTHS)?).timed(move || rate(device, form)))
 }
 
 fn cases(device: Device, form: Form, lengths: &[i64]) -> Result<usize> {

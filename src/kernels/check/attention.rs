@@ -30,7 +30,7 @@ pub(super) fn checks(checks: &mut Checks<'_>) {
             run.all();
             run.checks()
         }
-        Err(error) => vec![Check::new(CHECKS[0][0], Err(error))],
+        Err(error) => vec![Check::new(CHECKS[0][0], Err(error), false)],
     });
 }
 
@@ -346,8 +346,8 @@ impl Run {
                 AttentionKernel::Hopper => CHECKS[0],
                 _ => CHECKS[1],
             };
-            checks.push(Check::new(names[0], forward.outcome()));
-            checks.push(Check::new(names[1], backward.outcome()));
+            checks.push(Check::new(names[0], forward.outcome(), false));
+            checks.push(Check::new(names[1], backward.outcome(), false));
         }
         checks
     }

@@ -51,7 +51,7 @@ fn cross_entropy(device: Device, gradient: Option<f64>) -> Result<Outcome> {
             }
         }
     }
-    Ok(Outcome::near(cases).at(rate(device, gradient)?))
+    Ok(Outcome::near(cases).timed(move || rate(device, gradient)))
 }
 
 fn case(

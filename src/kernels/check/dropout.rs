@@ -23,7 +23,7 @@ pub(super) fn kernel(device: Device, kind: Kind) -> Result<Outcome> {
             }
         }
     }
-    Ok(Outcome::exact(cases).at(rate(device, kind)?))
+    Ok(Outcome::exact(cases).timed(move || rate(device, kind)))
 }
 
 /// One comparison, bit for bit; `x` and `y` begin so many elements behind an aligned address.
@@ -66,7 +66,7 @@ pub(super) fn rate(device: Device, kind: Kind) -> Result<f64> {
 const SHAPES: [[i64; 2]; 7] = [[1, 1], [7, 1], [3, 13], [5, 100], [129, 64], [3, 4096], [67, 1032]];
 
 pub(super) fn rows(device: Device, kind: Kind, adds: bool) -> Result<Outcome> {
-    Ok(Outcome::exact(rows_cases(device, kind, adds)?).at(rows_rate(device, kind, adds)?))
+    Ok(Outcome::exact(rows_cases(device, kind, adds)?).timed(move || rows_rate(device, kind, adds)))
 }
 
 fn rows_cases(device: Device, kind: Kind, adds: bool) -> Result<usize> {

@@ -82,7 +82,7 @@ fn forward(device: Device) -> Result<Outcome> {
         rms_norm_into(&framed_x.view(), &framed_weight.flat(), EPS, &y.view(), &rstd.flat())?;
         judge(&what, &x, &weight, &y, &rstd)
     })?;
-    Ok(Outcome::near(cases).at(forward_rate(device)?))
+    Ok(Outcome::near(cases).timed(move || forward_rate(device)))
 }
 
 fn add_forward(device: Device) -> Result<Outcome> {
@@ -94,7 +94,7 @@ fn add_forward(device: Device) -> Result<Outcome> {
         }
         Ok(())
     })?;
-    Ok(Outcome::near(2 * cases).at(add_rate(device)?))
+    Ok(Outcome::near(2 * cases).timed(move || add_rate(device)))
 }
 
 fn add_case(device: Device, layout: Layout, flavour: Flavour, multiplier: f64, in_place: bool) -> Result<()> {
@@ -124,7 +124,7 @@ fn backward(device: Device) -> Result<Outcome> {
         in_place = !in_place;
         backward_case(device, layout, flavour, in_place)
     })?;
-    Ok(Outcome::near(cases).at(backward_rate(device)?))
+    Ok(Outcome::near(cases).timed(move || backward_rate(device)))
 }
 
 fn backward_case(device: Device, layout: Layout, flavour: Flavour, in_place: bool) -> Result<()> {

@@ -45,7 +45,7 @@ fn rope(device: Device) -> Result<Outcome> {
             }
         }
     }
-    Ok(Outcome::near(cases).at(rate(device)?))
+    Ok(Outcome::near(cases).timed(move || rate(device)))
 }
 
 fn case(device: Device, layout: Layout, heads: [i64; 2], flavour: Flavour, backward: bool) -> Result<()> {

@@ -68,7 +68,7 @@ fn forward(device: Device) -> Result<Outcome> {
         swiglu_into(&framed.view(), &y.view())?;
         judge_forward(&gate_up, &y)
     })?;
-    Ok(Outcome::near(cases).at(forward_rate(device)?))
+    Ok(Outcome::near(cases).timed(move || forward_rate(device)))
 }
 
 fn backward(device: Device) -> Result<Outcome> {
@@ -80,7 +80,7 @@ fn backward(device: Device) -> Result<Outcome> {
         backward_case(device, layout, flavour, activation)
             .with_context(|| format!("y over dy: {activation:?}"))
     })?;
-    Ok(Outcome::near(cases).at(backward_rate(device)?))
+    Ok(Outcome::near(cases).timed(move || backward_rate(device)))
 }
 
 /// `y_over_dy` says whether the activation, where it is wanted, is written over `dy`.
