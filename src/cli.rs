@@ -1,6 +1,7 @@
 //! The command line: clap types and help texts only.
 
 use std::path::PathBuf;
+use std::str::FromStr;
 
 use clap::{Args, Parser, Subcommand};
 
@@ -74,6 +75,14 @@ pub struct PrepareArgs {
     #[arg(long)]
     pub keep_contaminated: bool,
 
+    /// Say where a token of the prepared dataset came from, both counted from 0, and prepare nothing.
+    #[arg(long, value_name = "ROW:TOKEN", conflicts_with_all = ["show", "timings"])]
+    pub trace: Option<TokenPlace>,
+
+    /// The split of `--trace`.
+    #[arg(long, value_enum, default_value_t = SplitChoice::Train, requires = "trace")]
+    pub split: SplitChoice,
+
     /// Print the summary as JSON.
     #[arg(long)]
     pub json: bool,
@@ -81,6 +90,35 @@ pub struct PrepareArgs {
     /// Tell the seconds of each stage, and encode the same texts once more with nothing around it to compare.
     #[arg(long)]
     pub timings: bool,
+}
+
+/// A token of a packed row, both counted from 0.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct TokenPlace {
+    /// The row.
+    pub row: usize,
+    /// The token.
+    pub token: usize,
+}
+
+impl FromStr for TokenPlace {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let place = text.split_once(':').and_then(|(row, token)| {
+            Some(Self { row: row.trim().parse().ok()?, token: token.trim().parse().ok()? })
+        });
+        place.ok_or_else(|| format!("`{text}` is not `ROW:TOKEN`, such as `12:300`"))
+    }
+}
+
+/// A part of a dataset.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum SplitChoice {
+    /// What is trained on.
+    Train,
+    /// What is held out.
+    Validation,
 }
 
 /// `granite train`

@@ -9,12 +9,14 @@ use anyhow::{Context as _, Result};
 use serde_json::json;
 
 use crate::checkpoint::base::open_tokenizer;
-use crate::cli::PrepareArgs;
+use crate::cli::{PrepareArgs, SplitChoice, TokenPlace};
 use crate::data::manifest::{Manifest, SourceReport, SplitReport};
 use crate::data::prepare::{Prepared, prepare, preview};
+use crate::data::report::page;
 use crate::data::screen::Finding;
-use crate::data::store;
+use crate::data::store::{self, Dataset, Split};
 use crate::data::tokenizer::{ChatTokenizer, Encoded, TokenizerFiles};
+use crate::data::trace::trace;
 use crate::output::Staged;
 use crate::progress::note;
 use crate::recipe::Recipe;
@@ -32,6 +34,9 @@ pub fn run(args: &PrepareArgs) -> Result<()> {
     if let Some(count) = args.show {
         return show(&recipe, &files, count);
     }
+    if let Some(place) = args.trace {
+        return tell_trace(args, &recipe, &files, place);
+    }
     let mut prepared = prepare(&recipe, &files, config.map(|config| config.vocab_size))?;
     let writing = Instant::now();
     let folder = args.out.as_deref().unwrap_or(&recipe.data.dataset);
@@ -46,14 +51,35 @@ pub fn run(args: &PrepareArgs) -> Result<()> {
     Ok(())
 }
 
+/// Answers from the dataset's folder alone; the dumps need not be there any more.
+fn tell_trace(args: &PrepareArgs, recipe: &Recipe, files: &TokenizerFiles, place: TokenPlace) -> Result<()> {
+    let dataset = Dataset::open(args.out.as_deref().unwrap_or(&recipe.data.dataset))?;
+    let tokenizer = ChatTokenizer::new(files, &recipe.data.template)?;
+    let split = match args.split {
+        SplitChoice::Train => Split::Train,
+        SplitChoice::Validation => Split::Validation,
+    };
+    let found = trace(&dataset, &tokenizer, split, place.row, place.token)?;
+    let mut stdout = std::io::stdout().lock();
+    if args.json {
+        serde_json::to_writer_pretty(&mut stdout, &found)?;
+        return writeln!(stdout).context("cannot write to stdout");
+    }
+    found.write(&mut stdout)
+}
+
 fn write(folder: &Path, prepared: &Prepared) -> Result<()> {
     let staged = Staged::folder(folder)?;
     let [(train, train_rows), (validation, validation_rows)] = &prepared.rows;
     let splits = [(*train, train_rows.as_slice()), (*validation, validation_rows.as_slice())];
     store::write(staged.path(), &prepared.manifest, splits, &prepared.examples)?;
-    let path = staged.path().join(store::SCREENED);
-    std::fs::write(&path, lines(&prepared.findings)?)
-        .with_context(|| format!("cannot write `{}`", path.display()))?;
+    let page = page(&prepared.manifest, &prepared.findings, &prepared.examples);
+    for (name, contents) in
+        [(store::SCREENED, lines(&prepared.findings)?), (store::REPORT, page.into_bytes())]
+    {
+        let path = staged.path().join(name);
+        std::fs::write(&path, contents).with_context(|| format!("cannot write `{}`", path.display()))?;
+    }
     staged.commit()
 }
 

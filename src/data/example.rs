@@ -23,6 +23,9 @@ pub enum Role {
 }
 
 impl Role {
+    /// All of them.
+    pub const ALL: [Self; 3] = [Self::System, Self::User, Self::Assistant];
+
     /// As chat templates spell it.
     pub fn as_str(self) -> &'static str {
         match self {

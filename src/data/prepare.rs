@@ -95,8 +95,12 @@ pub fn prepare(recipe: &Recipe, files: &TokenizerFiles, model_vocab_size: Option
     let total = quotas.iter().sum::<usize>() as u64;
     let bar = progress::bar(total, "tokenise", "examples");
     let mut sampled = Vec::with_capacity(collected.len());
+    let mut input = 0;
     for (index, (source, quota)) in collected.into_iter().zip(quotas).enumerate() {
-        sampled.push(sample(recipe, &tokenizer, u16::try_from(index)?, source, quota, &screened, &bar)?);
+        // The file of the records is the first that a source names.
+        let (place, files) = ((u16::try_from(index)?, input), u32::try_from(source.inputs.len())?);
+        sampled.push(sample(recipe, &tokenizer, place, source, quota, &screened, &bar)?);
+        input += files;
     }
     bar.finish_and_clear();
     watch.lap("tokenise");
@@ -180,7 +184,7 @@ fn demands(collected: &[Collected]) -> Vec<Demand<'_>> {
 fn sample(
     recipe: &Recipe,
     tokenizer: &ChatTokenizer,
-    index: u16,
+    (index, input): (u16, u32),
     source: Collected,
     quota: usize,
     screened: &Screened,
@@ -203,7 +207,7 @@ fn sample(
                 let fitted = fit(tokenizer, example, spec.sequence_length)?;
                 bar.inc(1);
                 let split = split_for(&screened.links, name, example, spec.validation_fraction);
-                fitted.map(|fitted| take(example, fitted, index, split)).transpose()
+                fitted.map(|fitted| take(example, fitted, (index, input), split)).transpose()
             })
             .collect();
         for outcome in outcomes {
@@ -268,7 +272,7 @@ fn tell_findings(report: &mut SourceReport, cleaned: Cleaned, screened: &Screene
     report.cleaned = cleaned;
 }
 
-fn take(example: &Example, fitted: Fitted, source: u16, split: Split) -> Result<Taken> {
+fn take(example: &Example, fitted: Fitted, (source, input): (u16, u32), split: Split) -> Result<Taken> {
     let supervised = fitted.encoded.loss_mask.iter().filter(|on| **on).count();
     let lineage = Lineage {
         source,
@@ -278,6 +282,8 @@ fn take(example: &Example, fitted: Fitted, source: u16, split: Split) -> Result<
         tokens: u32::try_from(fitted.encoded.ids.len())?,
         supervised_tokens: u32::try_from(supervised)?,
         shortened: fitted.shortened,
+        input,
+        turns: fitted.turns.clone(),
     };
     let Fitted { encoded, .. } = fitted;
     let sequence = Sequence { input_ids: encoded.ids, loss_mask: encoded.loss_mask, source };

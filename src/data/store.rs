@@ -9,6 +9,7 @@
 //!   seq_examples list<uint32>   its example: row of examples.parquet
 //! examples.parquet                    one row per example: source, record, document or its hash, split, tokens
 //! manifest.json
+//! prepare_report.html                 the same for people
 //! screened.jsonl                      one line per duplicate or contaminated example, with what it repeats
 //! ```
 
@@ -18,8 +19,8 @@ use std::sync::Arc;
 
 use anyhow::{Context as _, Result, anyhow, bail};
 use arrow::array::{
-    Array, ArrayRef, AsArray as _, BooleanArray, ListArray, RecordBatch, StringArray, UInt16Array,
-    UInt32Array,
+    Array, ArrayRef, ArrowPrimitiveType, AsArray as _, BooleanArray, ListArray, RecordBatch, StringArray,
+    UInt16Array, UInt32Array,
 };
 use arrow::buffer::OffsetBuffer;
 use arrow::datatypes::{DataType, Field, Schema, UInt16Type, UInt32Type};
@@ -28,6 +29,8 @@ use parquet::arrow::arrow_reader::ParquetRecordBatchReaderBuilder;
 use parquet::basic::{Compression, ZstdLevel};
 use parquet::file::properties::WriterProperties;
 
+use super::example::Role;
+use super::fit::Turn;
 use super::manifest::{FORMAT_VERSION, Manifest};
 use super::tokenizer::ChatTokenizer;
 use crate::error::user_error;
@@ -39,6 +42,8 @@ const ROWS_PER_GROUP: usize = 512;
 const MANIFEST: &str = "manifest.json";
 /// Duplicates and contaminated examples, one JSON object a line; written by `prepare`, read by people.
 pub const SCREENED: &str = "screened.jsonl";
+/// The page for people.
+pub const REPORT: &str = "prepare_report.html";
 const EXAMPLES: &str = "examples.parquet";
 
 /// What an example is for.
@@ -100,6 +105,10 @@ pub struct Lineage {
     pub supervised_tokens: u32,
     /// It lost context to fit.
     pub shortened: bool,
+    /// The file it was read from: index into the manifest's inputs.
+    pub input: u32,
+    /// Where its messages lie among its tokens.
+    pub turns: Vec<Turn>,
 }
 
 /// A prepared dataset, opened: the manifest is read, the rows are not.
@@ -138,6 +147,26 @@ impl Dataset {
     pub fn rows(&self, split: Split) -> Result<Vec<PackedRow>> {
         let path = self.folder.join(split.file());
         read_rows(&path).with_context(|| format!("cannot read `{}`", path.display()))
+    }
+
+    /// Reads one row of a split.
+    ///
+    /// # Errors
+    /// When there is no such row, or the file is missing or damaged.
+    pub fn row(&self, split: Split, row: usize) -> Result<PackedRow> {
+        let path = self.folder.join(split.file());
+        let batch = one_row(&path, row).with_context(|| format!("in `{}`", path.display()))?;
+        row_of(&batch, 0).with_context(|| format!("row {row} of `{}` is damaged", path.display()))
+    }
+
+    /// Reads where one example came from.
+    ///
+    /// # Errors
+    /// When there is no such example, the file is missing or damaged, or an older program wrote it.
+    pub fn example(&self, example: u32) -> Result<Lineage> {
+        let path = self.folder.join(EXAMPLES);
+        let batch = one_row(&path, example as usize).with_context(|| format!("in `{}`", path.display()))?;
+        lineage_of(&batch).with_context(|| format!("example {example} of `{}`", path.display()))
     }
 
     /// Names of the sources, by the index that sequences carry.
@@ -273,7 +302,15 @@ fn write_examples(path: &Path, examples: &[Lineage]) -> Result<()> {
         Field::new("tokens", DataType::UInt32, false),
         Field::new("supervised_tokens", DataType::UInt32, false),
         Field::new("shortened", DataType::Boolean, false),
+        Field::new("input", DataType::UInt32, false),
+        list_field("turn_messages", DataType::UInt32),
+        list_field("turn_roles", DataType::Utf8),
+        list_field("turn_starts", DataType::UInt32),
+        list_field("turn_ends", DataType::UInt32),
     ]));
+    let turns = || examples.iter().flat_map(|one| &one.turns);
+    let by_turn = || OffsetBuffer::from_lengths(examples.iter().map(|one| one.turns.len()));
+    let numbers = |of: fn(&Turn) -> u32| Arc::new(turns().map(of).map(Some).collect::<UInt32Array>());
     let columns: Vec<ArrayRef> = vec![
         Arc::new(examples.iter().map(|one| Some(one.source)).collect::<UInt16Array>()),
         Arc::new(examples.iter().map(|one| Some(one.record)).collect::<UInt32Array>()),
@@ -282,6 +319,11 @@ fn write_examples(path: &Path, examples: &[Lineage]) -> Result<()> {
         Arc::new(examples.iter().map(|one| Some(one.tokens)).collect::<UInt32Array>()),
         Arc::new(examples.iter().map(|one| Some(one.supervised_tokens)).collect::<UInt32Array>()),
         Arc::new(examples.iter().map(|one| Some(one.shortened)).collect::<BooleanArray>()),
+        Arc::new(examples.iter().map(|one| Some(one.input)).collect::<UInt32Array>()),
+        list(by_turn(), numbers(|turn| turn.message))?,
+        list(by_turn(), Arc::new(turns().map(|turn| Some(turn.role.as_str())).collect::<StringArray>()))?,
+        list(by_turn(), numbers(|turn| turn.start))?,
+        list(by_turn(), numbers(|turn| turn.end))?,
     ];
     let mut writer = writer(path, schema.clone())?;
     writer.write(&RecordBatch::try_new(schema, columns)?)?;
@@ -299,6 +341,77 @@ fn read_rows(path: &Path) -> Result<Vec<PackedRow>> {
         }
     }
     Ok(rows)
+}
+
+/// One row of a file, without reading the rest.
+fn one_row(path: &Path, row: usize) -> Result<RecordBatch> {
+    let builder = ParquetRecordBatchReaderBuilder::try_new(File::open(path)?)?;
+    let rows = usize::try_from(builder.metadata().file_metadata().num_rows())?;
+    if row >= rows {
+        let way = if rows == 0 {
+            "the file is empty".to_string()
+        } else {
+            format!("name a row from 0 to {}", rows - 1)
+        };
+        return Err(user_error(format!("there is no row {row}"), way));
+    }
+    let mut reader = builder.with_offset(row).with_limit(1).build()?;
+    Ok(reader.next().ok_or_else(|| anyhow!("row {row} is missing"))??)
+}
+
+/// The value of a number column in the first row.
+fn number<T: ArrowPrimitiveType>(batch: &RecordBatch, column: &str) -> Result<T::Native> {
+    let found = batch.column_by_name(column).and_then(|column| column.as_primitive_opt::<T>());
+    let found = found.filter(|column| !column.is_empty()).map(|column| column.value(0));
+    found.ok_or_else(|| without_column(column))
+}
+
+fn text(batch: &RecordBatch, column: &str) -> Result<String> {
+    let found = batch.column_by_name(column).and_then(|column| column.as_string_opt::<i32>());
+    let found = found.filter(|column| !column.is_empty()).map(|column| column.value(0).to_string());
+    found.ok_or_else(|| without_column(column))
+}
+
+fn without_column(column: &str) -> anyhow::Error {
+    user_error(
+        format!("it has no column `{column}`"),
+        "an older program wrote it: run `granite prepare` again",
+    )
+}
+
+fn lineage_of(batch: &RecordBatch) -> Result<Lineage> {
+    let shortened = batch.column_by_name("shortened").and_then(|column| column.as_boolean_opt());
+    let split = text(batch, "split")?;
+    Ok(Lineage {
+        source: number::<UInt16Type>(batch, "source")?,
+        record: number::<UInt32Type>(batch, "record")?,
+        document: text(batch, "document")?,
+        split: Split::ALL
+            .into_iter()
+            .find(|known| known.name() == split)
+            .ok_or_else(|| anyhow!("its split is `{split}`, expected `train` or `validation`"))?,
+        tokens: number::<UInt32Type>(batch, "tokens")?,
+        supervised_tokens: number::<UInt32Type>(batch, "supervised_tokens")?,
+        shortened: shortened.filter(|column| !column.is_empty()).is_some_and(|column| column.value(0)),
+        input: number::<UInt32Type>(batch, "input")?,
+        turns: turns_of(batch)?,
+    })
+}
+
+fn turns_of(batch: &RecordBatch) -> Result<Vec<Turn>> {
+    let numbers = |column: &str| u32_cell(batch, column, 0);
+    let roles = cell(batch, "turn_roles", 0)?;
+    let roles = roles.as_string_opt::<i32>().ok_or_else(|| anyhow!("`turn_roles` is no list of text"))?;
+    let (messages, starts, ends) =
+        (numbers("turn_messages")?, numbers("turn_starts")?, numbers("turn_ends")?);
+    let turns = messages.iter().zip(roles.iter().flatten()).zip(starts.iter().zip(&ends));
+    turns
+        .map(|((message, role), (start, end))| {
+            let role = Role::ALL.into_iter().find(|known| known.as_str() == role);
+            let role = role.ok_or_else(|| anyhow!("a turn has an unknown role"))?;
+            Ok(Turn { message: *message, role, start: *start, end: *end })
+        })
+        .collect()
 }
 
 /// The list of a column's row, or why there is none.
@@ -393,6 +506,8 @@ mod tests {
             tokens: 4,
             supervised_tokens: 2,
             shortened: false,
+            input: 2,
+            turns: vec![Turn { message: 0, role: Role::User, start: 1, end: 3 }],
         }
     }
 
@@ -405,6 +520,10 @@ mod tests {
         let dataset = Dataset::open(folder.path()).unwrap();
         assert_eq!(dataset.manifest, manifest());
         assert_eq!(dataset.rows(Split::Train).unwrap(), rows);
+        assert_eq!(dataset.row(Split::Train, ROWS_PER_GROUP + 1).unwrap(), rows[ROWS_PER_GROUP + 1]);
+        assert_eq!(dataset.example(0).unwrap(), lineage());
+        let text = crate::error::render(&dataset.row(Split::Train, 1 << 20).unwrap_err());
+        assert!(text.contains("no row 1048576") && text.contains("from 0 to 514"), "{text}");
         assert_eq!(dataset.rows(Split::Validation).unwrap(), []);
     }
 

@@ -5,3 +5,4 @@
 mod chat;
 mod fixture;
 mod pipeline;
+mod trusted;
