@@ -13,7 +13,8 @@ show how far PEFT is from itself.
 
 In bfloat16 PEFT rounds the base's product and the adapter's and rounds their sum again: what a young adapter adds is lost
 below half a unit in the last place of the base's. `--adapter-sum f32` keeps both in float32 until their sum is rounded, as
-the program does, and leaves all else to PEFT: it tells that loss from other differences.
+the program does, and leaves all else to PEFT: it tells that loss from other differences. `--elementwise once` also rounds
+norms, rotary embedding and the gated activation once each, as the program does, where transformers rounds every operation.
 """
 
 import argparse
@@ -101,6 +102,32 @@ def sum_in_f32(model: torch.nn.Module) -> None:
             module.forward = functools.partial(forward_in_f32, module)
 
 
+def round_once() -> None:
+    """Llama's norms, rotary embedding and gated activation in float32, rounded to the activations' dtype at their end."""
+    from transformers.models.llama import modeling_llama as llama
+
+    def norm(self, x):
+        wide = x.float()
+        scaled = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+        return (self.weight.float() * scaled).to(x.dtype)
+
+    angles = llama.LlamaRotaryEmbedding.forward
+
+    def rotate(q, k, cos, sin, unsqueeze_dim=1):
+        cos, sin = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)
+        turned = lambda x: (x.float() * cos + llama.rotate_half(x.float()) * sin).to(x.dtype)
+        return turned(q), turned(k)
+
+    def gated(self, x):
+        gate, up = self.gate_proj(x), self.up_proj(x)
+        return self.down_proj((torch.nn.functional.silu(gate.float()) * up.float()).to(gate.dtype))
+
+    llama.LlamaRMSNorm.forward = norm
+    llama.LlamaRotaryEmbedding.forward = lambda self, x, position_ids: angles(self, x.float(), position_ids)
+    llama.apply_rotary_pos_emb = rotate
+    llama.LlamaMLP.forward = gated
+
+
 def sequences_of(row: dict):
     start = 0
     for length in row["seq_lengths"]:
@@ -167,6 +194,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--gpu", action="store_true")
     parser.add_argument("--attention", nargs="+", default=["sdpa"], choices=["sdpa", "eager"])
     parser.add_argument("--adapter-sum", default="peft", choices=["peft", "f32"])
+    parser.add_argument("--elementwise", default="peft", choices=["peft", "once"])
     parser.add_argument("--losses", type=Path, help="where PEFT's losses go, as JSON")
     return parser.parse_args()
 
@@ -203,6 +231,8 @@ def main() -> None:
     assert "rows" in steps[0], "the metrics do not tell which rows a step took"
     table = parquet.read_table(dataset / "train.parquet").to_pylist()
     train = recipe["train"]
+    if options.elementwise == "once":
+        round_once()
     losses = {"granite": [event["loss"] for event in steps]}
     for attention in options.attention if options.gpu else ["f32"]:
         model = adapted(load_4bit(base.resolve(), attention) if options.gpu else load_base(base), recipe)
