@@ -166,6 +166,19 @@ pub enum MergeBase {
     Original,
 }
 
+/// How merged weights are stored.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum MergeDtype {
+    /// 32 bits: nothing is rounded.
+    Fp32,
+    /// 16 bits with the range of 32.
+    Bf16,
+    /// 16 bits up to 65504.
+    Fp16,
+    /// Projections in 4 bits as bitsandbytes stores them, the rest in bf16.
+    Nf4,
+}
+
 /// `granite merge`
 #[derive(Debug, Args)]
 pub struct MergeArgs {
@@ -180,6 +193,22 @@ pub struct MergeArgs {
     /// What a merged weight starts from.
     #[arg(long, value_enum, default_value_t = MergeBase::Dequantized)]
     pub base: MergeBase,
+
+    /// How to store the merged weights; several, with commas, are written side by side: `merged`, `merged-nf4`.
+    #[arg(long, value_enum, value_delimiter = ',', default_value = "bf16")]
+    pub dtype: Vec<MergeDtype>,
+
+    /// Held-out rows to compare the forms on; 0 measures nothing.
+    #[arg(long, value_name = "N", default_value_t = 4)]
+    pub rows: usize,
+
+    /// Fail, and merge nothing, when a form's mean KL divergence from base and adapter is beyond so many nats a token.
+    #[arg(long, value_name = "NATS")]
+    pub max_kl: Option<f64>,
+
+    /// Fail, and merge nothing, when a form's most likely word is another for more than this share of tokens.
+    #[arg(long, value_name = "SHARE")]
+    pub max_flips: Option<f64>,
 
     /// Where to write, in place of `checkpoints/runs/<name>/merged`.
     #[arg(long, value_name = "FOLDER")]

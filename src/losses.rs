@@ -1,5 +1,7 @@
 //! Loss and perplexity of a decoder on packed rows, per source and over all: validation, `eval` and `merge`.
 
+pub mod divergence;
+
 use std::collections::BTreeMap;
 
 use anyhow::Result;

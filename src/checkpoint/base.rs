@@ -12,6 +12,7 @@ use crate::data::tokenizer::TokenizerFiles;
 use crate::error::user_error;
 use crate::model::config::ModelConfig;
 use crate::model::weights::TensorSource;
+use crate::recipe::Quantization;
 
 /// A base model, opened: its configuration is read and its tensors are known, none is loaded.
 pub struct BaseModel {
@@ -23,6 +24,8 @@ pub struct BaseModel {
     pub tokenizer: TokenizerFiles,
     /// SHA-256 that names the content of the weights (names, shapes, sizes and sampled bytes), in hex.
     pub hash: String,
+    /// How its projections are stored: in bitsandbytes' 4 bits, or not quantised (GGUF's own blocks are read as f32).
+    pub stored: Quantization,
     /// Its tensors; quantised ones come from a cache after [`with_nf4_cache`](Self::with_nf4_cache).
     pub tensors: Box<dyn TensorSource>,
 }
@@ -67,6 +70,7 @@ impl BaseModel {
             tokenizer: tokenizer_files::read(&folder, Some(&config))?,
             config,
             hash: tensors.fingerprint(),
+            stored: tensors.quantization(),
             tensors: Box::new(tensors),
             path: folder,
         })
@@ -78,6 +82,7 @@ impl BaseModel {
             config: file.config().clone(),
             tokenizer: file.tokenizer()?,
             hash: file.fingerprint(),
+            stored: Quantization::None,
             tensors: Box::new(file),
             path,
         })

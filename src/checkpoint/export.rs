@@ -9,6 +9,8 @@ use serde_json::{Map, Value, json};
 use tch::{Device, Kind, Tensor};
 
 use super::base::BaseModel;
+use super::form::Form;
+use super::prequantized;
 use crate::data::tokenizer::TokenizerFiles;
 
 /// Largest shard in bytes, as transformers splits by default.
@@ -21,37 +23,37 @@ pub struct Planned {
     pub name: String,
     /// Its shape.
     pub shape: Vec<i64>,
+    /// What it is stored as.
+    pub dtype: Kind,
 }
 
-/// Writes `planned` tensors in their order, each made by `make` when its turn comes and stored as `dtype`;
-/// gives the number of bytes of the weights.
+/// Writes `planned` tensors in their order, each made by `make` when its turn comes and brought to the dtype that is
+/// planned; gives the number of bytes of the weights.
 ///
 /// # Errors
 /// When a tensor cannot be made, has another shape than planned, or a file cannot be written.
 pub fn write_weights(
     folder: &Path,
     planned: &[Planned],
-    dtype: Kind,
     make: impl FnMut(&str) -> Result<Tensor>,
 ) -> Result<u64> {
-    write_shards(folder, planned, dtype, SHARD_BYTES, make)
+    write_shards(folder, planned, SHARD_BYTES, make)
 }
 
 fn write_shards(
     folder: &Path,
     planned: &[Planned],
-    dtype: Kind,
     shard_bytes: u64,
     mut make: impl FnMut(&str) -> Result<Tensor>,
 ) -> Result<u64> {
-    let shards = split(planned, dtype, shard_bytes);
+    let shards = split(planned, shard_bytes);
     let mut places = Map::new();
     for (index, shard) in shards.iter().enumerate() {
         let file = shard_name(index, shards.len());
-        write_shard(&folder.join(&file), shard, dtype, &mut make)?;
+        write_shard(&folder.join(&file), shard, &mut make)?;
         places.extend(shard.iter().map(|tensor| (tensor.name.clone(), json!(file))));
     }
-    let total = planned.iter().map(|tensor| bytes_of(tensor, dtype)).sum();
+    let total = planned.iter().map(bytes_of).sum();
     if shards.len() > 1 {
         let index = json!({ "metadata": { "total_size": total }, "weight_map": places });
         write_json(&folder.join("model.safetensors.index.json"), &index)?;
@@ -60,11 +62,11 @@ fn write_shards(
 }
 
 /// Consecutive tensors, as many as fit; a larger one has a shard to itself.
-fn split(planned: &[Planned], dtype: Kind, shard_bytes: u64) -> Vec<&[Planned]> {
+fn split(planned: &[Planned], shard_bytes: u64) -> Vec<&[Planned]> {
     let mut shards = Vec::new();
     let (mut start, mut size) = (0, 0);
     for (at, tensor) in planned.iter().enumerate() {
-        let bytes = bytes_of(tensor, dtype);
+        let bytes = bytes_of(tensor);
         if at > start && size + bytes > shard_bytes {
             shards.push(&planned[start..at]);
             (start, size) = (at, 0);
@@ -83,19 +85,18 @@ fn shard_name(index: usize, shards: usize) -> String {
     }
 }
 
-fn bytes_of(tensor: &Planned, dtype: Kind) -> u64 {
-    tensor.shape.iter().product::<i64>().unsigned_abs() * dtype.elt_size_in_bytes() as u64
+fn bytes_of(tensor: &Planned) -> u64 {
+    tensor.shape.iter().product::<i64>().unsigned_abs() * tensor.dtype.elt_size_in_bytes() as u64
 }
 
 fn write_shard(
     path: &Path,
     tensors: &[Planned],
-    dtype: Kind,
     make: &mut impl FnMut(&str) -> Result<Tensor>,
 ) -> Result<()> {
     let in_file = || format!("cannot write `{}`", path.display());
     let mut file = BufWriter::new(File::create(path).with_context(in_file)?);
-    file.write_all(&header(tensors, dtype)?).with_context(in_file)?;
+    file.write_all(&header(tensors)?).with_context(in_file)?;
     for planned in tensors {
         let tensor = make(&planned.name)?;
         let shape = tensor.size();
@@ -105,19 +106,19 @@ fn write_shard(
             planned.name,
             planned.shape
         );
-        file.write_all(&stored_bytes(&tensor, dtype)?).with_context(in_file)?;
+        file.write_all(&stored_bytes(&tensor, planned.dtype)?).with_context(in_file)?;
     }
     file.flush().with_context(in_file)
 }
 
 /// Length and text of a safetensors header, padded so that the data begins at a multiple of 8.
-fn header(tensors: &[Planned], dtype: Kind) -> Result<Vec<u8>> {
+fn header(tensors: &[Planned]) -> Result<Vec<u8>> {
     // Readers of the Hugging Face family refuse a file that does not say which framework's layout it has.
     let mut entries = Map::from_iter([("__metadata__".to_string(), json!({ "format": "pt" }))]);
     let mut offset = 0;
     for tensor in tensors {
-        let end = offset + bytes_of(tensor, dtype);
-        let entry = json!({ "dtype": safetensors_name(dtype)?, "shape": tensor.shape, "data_offsets": [offset, end] });
+        let end = offset + bytes_of(tensor);
+        let entry = json!({ "dtype": safetensors_name(tensor.dtype)?, "shape": tensor.shape, "data_offsets": [offset, end] });
         entries.insert(tensor.name.clone(), entry);
         offset = end;
     }
@@ -138,6 +139,7 @@ fn safetensors_name(dtype: Kind) -> Result<&'static str> {
         Kind::BFloat16 => Ok("BF16"),
         Kind::Half => Ok("F16"),
         Kind::Float => Ok("F32"),
+        Kind::Uint8 => Ok("U8"),
         other => anyhow::bail!("weights cannot be stored as {other:?}"),
     }
 }
@@ -163,12 +165,16 @@ const TAKEN_OVER: [&str; 8] = [
     "tokenizer.model",
 ];
 
-/// Writes `config.json`, `generation_config.json` and the tokenizer of `base`, for weights stored as `dtype`.
+/// Writes `config.json`, `generation_config.json` and the tokenizer of `base`, for weights stored in `form`.
 ///
 /// # Errors
 /// When a file cannot be written or copied.
-pub fn write_companions(folder: &Path, base: &BaseModel, dtype: Kind) -> Result<()> {
-    write_json(&folder.join("config.json"), &base.config.to_hugging_face(torch_name(dtype)))?;
+pub fn write_companions(folder: &Path, base: &BaseModel, form: Form) -> Result<()> {
+    let mut config = base.config.to_hugging_face(torch_name(form.kind()));
+    if form == Form::Nf4 {
+        config["quantization_config"] = prequantized::config();
+    }
+    write_json(&folder.join("config.json"), &config)?;
     write_json(&folder.join("generation_config.json"), &generation_config(base)?)?;
     if base.path.is_dir() {
         for name in TAKEN_OVER {
@@ -229,14 +235,14 @@ mod tests {
     use crate::checkpoint::hugging_face::FolderTensors;
     use crate::model::weights::TensorSource as _;
 
-    fn planned() -> Vec<Planned> {
+    fn planned(dtype: Kind) -> Vec<Planned> {
         [("b", vec![3, 5]), ("a", vec![7]), ("empty", vec![0, 4]), ("c", vec![2, 2, 2])]
-            .map(|(name, shape)| Planned { name: name.to_string(), shape })
+            .map(|(name, shape)| Planned { name: name.to_string(), shape, dtype })
             .to_vec()
     }
 
     fn value(name: &str) -> Tensor {
-        let planned = planned().into_iter().find(|planned| planned.name == name).unwrap();
+        let planned = planned(Kind::Float).into_iter().find(|planned| planned.name == name).unwrap();
         let elements: i64 = planned.shape.iter().product();
         let start = i64::from(name.as_bytes()[0]);
         (Tensor::arange_start(start, start + elements, (Kind::Float, Device::Cpu)) * 0.37)
@@ -248,9 +254,8 @@ mod tests {
         for (shard_bytes, files) in [(u64::MAX, 1), (40, 2), (1, 3)] {
             for dtype in [Kind::BFloat16, Kind::Float, Kind::Half] {
                 let folder = tempfile::tempdir().unwrap();
-                let total =
-                    write_shards(folder.path(), &planned(), dtype, shard_bytes, |name| Ok(value(name)))
-                        .unwrap();
+                let total = write_shards(folder.path(), &planned(dtype), shard_bytes, |name| Ok(value(name)))
+                    .unwrap();
                 assert_eq!(total, 30 * dtype.elt_size_in_bytes() as u64);
                 let tensors = FolderTensors::open(folder.path()).unwrap();
                 assert_eq!(tensors.names(), ["a", "b", "c", "empty"]);
@@ -269,14 +274,14 @@ mod tests {
     fn another_shape_than_planned_is_refused() {
         let folder = tempfile::tempdir().unwrap();
         let wrong = |_: &str| Ok(Tensor::zeros([5, 3], (Kind::Float, Device::Cpu)));
-        let error = write_shards(folder.path(), &planned(), Kind::Float, u64::MAX, wrong).unwrap_err();
+        let error = write_shards(folder.path(), &planned(Kind::Float), u64::MAX, wrong).unwrap_err();
         assert!(error.to_string().contains("`b` has shape [5, 3], expected [3, 5]"), "{error}");
     }
 
     #[test]
     fn data_begins_at_a_multiple_of_eight() {
         for count in 0..4 {
-            let bytes = header(&planned()[..count], Kind::BFloat16).unwrap();
+            let bytes = header(&planned(Kind::BFloat16)[..count]).unwrap();
             let length = u64::from_le_bytes(bytes[..8].try_into().unwrap());
             assert_eq!(length as usize + 8, bytes.len());
             assert_eq!(bytes.len() % 8, 0);

@@ -9,10 +9,13 @@ use serde_json::Value;
 use tch::{Kind, Tensor};
 
 use super::fingerprint::Fingerprint;
+use super::prequantized::{self, QuantState};
 use super::safetensors::MappedTensors;
 use crate::error::user_error;
+use crate::kernels::nf4::Nf4Weight;
 use crate::model::config::ModelConfig;
 use crate::model::weights::TensorSource;
+use crate::recipe::Quantization;
 
 const CONFIG: &str = "config.json";
 const SINGLE: &str = "model.safetensors";
@@ -24,6 +27,8 @@ pub struct FolderTensors {
     files: Vec<MappedTensors>,
     /// Name of a tensor to the file that holds it.
     place: BTreeMap<String, usize>,
+    /// The weights that are stored in 4 bits, and what lies beside them.
+    quantized: BTreeMap<String, QuantState>,
 }
 
 #[derive(Deserialize)]
@@ -38,10 +43,10 @@ impl FolderTensors {
     /// When there are none, a shard is missing or damaged, or the index names a tensor that its shard lacks.
     pub fn open(folder: &Path) -> Result<Self> {
         if folder.join(SINGLE).exists() {
-            return Ok(Self::of_one(MappedTensors::open(&folder.join(SINGLE))?));
+            return Self::of_one(MappedTensors::open(&folder.join(SINGLE))?).with_quantized();
         }
         if folder.join(INDEX).exists() {
-            return Self::of_shards(folder);
+            return Self::of_shards(folder)?.with_quantized();
         }
         Err(user_error(
             format!("folder `{}` holds neither `{SINGLE}` nor `{INDEX}`", folder.display()),
@@ -57,7 +62,25 @@ impl FolderTensors {
 
     fn of_one(file: MappedTensors) -> Self {
         let place = file.names().map(|name| (name.to_string(), 0)).collect();
-        Self { files: vec![file], place }
+        Self { files: vec![file], place, quantized: BTreeMap::new() }
+    }
+
+    fn with_quantized(mut self) -> Result<Self> {
+        for (key, at) in &self.place {
+            if let Some(name) = key.strip_suffix(prequantized::STATE) {
+                ensure!(
+                    self.place.get(name) == Some(at),
+                    "`{key}` lies in another file than `{name}`, or alone"
+                );
+                self.quantized.insert(name.to_string(), QuantState::read(&self.files[*at], name)?);
+            }
+        }
+        Ok(self)
+    }
+
+    /// How the projections are stored: NF4 when some of them are.
+    pub fn quantization(&self) -> Quantization {
+        if self.quantized.is_empty() { Quantization::None } else { Quantization::Nf4 }
     }
 
     fn of_shards(folder: &Path) -> Result<Self> {
@@ -76,7 +99,7 @@ impl FolderTensors {
             );
             place.insert(name.clone(), at);
         }
-        Ok(Self { files, place })
+        Ok(Self { files, place, quantized: BTreeMap::new() })
     }
 
     /// A hash of what the files hold, however it is split into shards.
@@ -98,10 +121,15 @@ impl FolderTensors {
 
 impl TensorSource for FolderTensors {
     fn names(&self) -> Vec<String> {
-        self.place.keys().cloned().collect()
+        let beside =
+            |name: &str| prequantized::owner(name).is_some_and(|owner| self.quantized.contains_key(owner));
+        self.place.keys().filter(|name| !beside(name)).cloned().collect()
     }
 
     fn shape(&self, name: &str) -> Option<Vec<i64>> {
+        if let Some(state) = self.quantized.get(name) {
+            return Some(state.shape.to_vec());
+        }
         self.file(name)?.shape(name).map(<[i64]>::to_vec)
     }
 
@@ -111,6 +139,9 @@ impl TensorSource for FolderTensors {
                 self.files.iter().map(|file| format!("`{}`", file.path().display())).collect();
             anyhow::bail!("there is no tensor `{name}` in {}", files.join(", "));
         };
+        if let Some(state) = self.quantized.get(name) {
+            return state.dequantize(file, name);
+        }
         let tensor = file.tensor(name)?;
         ensure!(
             matches!(tensor.kind(), Kind::Float | Kind::BFloat16 | Kind::Half),
@@ -119,6 +150,14 @@ impl TensorSource for FolderTensors {
             tensor.kind()
         );
         Ok(tensor)
+    }
+
+    /// As stored where it is stored so; scales that were not quantised twice are quantised now.
+    fn nf4(&self, name: &str) -> Result<Nf4Weight> {
+        match (self.quantized.get(name), self.file(name)) {
+            (Some(state), Some(file)) if state.is_nested() => state.nested(file, name),
+            _ => Nf4Weight::quantize(&self.tensor(name)?),
+        }
     }
 }
 

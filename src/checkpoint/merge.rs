@@ -13,6 +13,10 @@ use tch::{Device, Kind, Tensor};
 use super::adapter::Adapter;
 use super::base::BaseModel;
 use super::export::{self, Planned};
+use super::form::Form;
+use super::prequantized;
+use crate::error::user_error;
+use crate::kernels::nf4::Nf4Weight;
 use crate::progress;
 use crate::recipe::{Projection, Quantization};
 
@@ -21,8 +25,8 @@ use crate::recipe::{Projection, Quantization};
 pub struct MergeOptions {
     /// What a weight starts from: `Nf4` quantises and dequantises it first, `None` takes it as stored.
     pub from: Quantization,
-    /// What the merged weights are stored as.
-    pub dtype: Kind,
+    /// How the merged weights are stored.
+    pub form: Form,
     /// Where to compute.
     pub device: Device,
 }
@@ -38,7 +42,20 @@ pub struct UpdateSize {
     pub max: f64,
     /// The layer that has it.
     pub layer_of_max: usize,
-    /// Mean of what storing as 16 bits changes: `|stored − merged| / |W|`.
+    /// Mean of what storing changes: `|stored − merged| / |W|`.
+    pub rounding: f64,
+}
+
+/// The same of one matrix.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Step {
+    /// Counted from 0.
+    pub layer: usize,
+    /// `q_proj`.
+    pub projection: &'static str,
+    /// `|scale·B·A| / |W|`; 0 where the adapter has nothing.
+    pub update: f64,
+    /// `|stored − merged| / |W|`.
     pub rounding: f64,
 }
 
@@ -49,44 +66,73 @@ pub struct Merged {
     pub bytes: u64,
     /// One for each adapted projection, in the order of the forward pass.
     pub updates: Vec<UpdateSize>,
+    /// One for each projection of each layer, adapted or not, by layer and in the order of the forward pass.
+    pub steps: Vec<Step>,
 }
 
 /// Writes the merged model into an existing folder: weights, configuration, tokenizer.
 ///
 /// # Errors
-/// When the adapter does not fit the base, a tensor is missing or damaged, or a file cannot be written.
+/// When the adapter does not fit the base, a tensor is missing or damaged, a weight is beyond what the form can hold, or
+/// a file cannot be written.
 pub fn write(folder: &Path, base: &BaseModel, adapter: &Adapter, options: &MergeOptions) -> Result<Merged> {
-    let planned = plan(base)?;
+    let projections = projections(base);
+    let planned = plan(base, options.form, &projections)?;
     check_fit(base, adapter)?;
     let bar = progress::bar(planned.len() as u64, "merge", "tensors");
-    let projections = projections(base);
-    let mut moved = BTreeMap::new();
-    let bytes = export::write_weights(folder, &planned, options.dtype, |name| {
+    let mut steps = Vec::new();
+    // The parts of a weight in 4 bits that are still to be written, the next one last.
+    let mut parts: Vec<Tensor> = Vec::new();
+    let bytes = export::write_weights(folder, &planned, |name| {
         bar.inc(1);
-        let Some((layer, projection)) = projections.get(name) else { return base.tensors.tensor(name) };
-        let merged = merge_one(base, adapter, options, *layer, *projection)?;
-        if let Some(step) = merged.step {
-            moved.entry(*projection).or_insert_with(Vec::new).push((*layer, step));
+        if let Some(part) = parts.pop() {
+            return Ok(part);
         }
-        Ok(merged.weight)
+        let weight =
+            prequantized::owner(name).filter(|owner| projections.contains_key(*owner)).unwrap_or(name);
+        let Some((layer, projection)) = projections.get(weight) else {
+            return in_range(base.tensors.tensor(name)?, name, options.form);
+        };
+        let merged = merge_one(base, adapter, options, *layer, *projection)?;
+        steps.push(merged.step);
+        match merged.stored {
+            Stored::Dense(tensor) => Ok(tensor),
+            Stored::Nf4(weight) => {
+                parts.extend(prequantized::tensors(&weight)?.into_iter().rev());
+                parts.pop().context("a weight has no parts")
+            }
+        }
     })?;
     bar.finish_and_clear();
-    export::write_companions(folder, base, options.dtype)?;
-    let updates = moved.into_iter().map(|(projection, steps)| summary(projection, &steps)).collect();
-    Ok(Merged { bytes, updates })
+    export::write_companions(folder, base, options.form)?;
+    let updates = adapter.spec.targets.iter().map(|projection| summary(*projection, &steps)).collect();
+    Ok(Merged { bytes, updates, steps })
 }
 
-fn plan(base: &BaseModel) -> Result<Vec<Planned>> {
-    let shape = |name: String| {
+fn plan(base: &BaseModel, form: Form, projections: &Projections) -> Result<Vec<Planned>> {
+    let mut planned = Vec::new();
+    for name in base.config.tensor_names() {
         let shape = base.tensors.shape(&name);
         let shape = shape.with_context(|| format!("`{name}` is missing in `{}`", base.path.display()))?;
-        Ok(Planned { name, shape })
-    };
-    base.config.tensor_names().into_iter().map(shape).collect()
+        match <[i64; 2]>::try_from(shape.as_slice()) {
+            Ok(matrix) if form == Form::Nf4 && projections.contains_key(&name) => {
+                planned.extend(prequantized::parts(&name, matrix).map(|(name, dtype, shape)| Planned {
+                    name,
+                    shape,
+                    dtype,
+                }))
+            }
+            _ => planned.push(Planned { name, shape, dtype: form.kind() }),
+        }
+    }
+    Ok(planned)
 }
 
+/// Layer and projection by the name of the weight.
+type Projections = BTreeMap<String, (usize, Projection)>;
+
 /// The weights that an adapter may change, by name.
-fn projections(base: &BaseModel) -> BTreeMap<String, (usize, Projection)> {
+fn projections(base: &BaseModel) -> Projections {
     (0..base.config.num_hidden_layers)
         .flat_map(|layer| Projection::ALL.map(|projection| (layer, projection)))
         .map(|(layer, projection)| (format!("{}.weight", projection.path(layer)), (layer, projection)))
@@ -129,18 +175,53 @@ fn half(layer: usize, projection: Projection, which: char) -> String {
     format!("{}.lora_{which}.weight", projection.path(layer))
 }
 
-/// A merged weight and, where it was adapted, how far it moved.
+/// A merged weight and how far it moved.
 struct MergedWeight {
-    /// `[out, in]` in the dtype of the file.
-    weight: Tensor,
-    step: Option<Step>,
+    stored: Stored,
+    step: Step,
 }
 
-/// Norms relative to the weight's.
-#[derive(Debug, Clone, Copy)]
-struct Step {
-    update: f64,
-    rounding: f64,
+/// A weight `[out, in]` as it is written.
+enum Stored {
+    Dense(Tensor),
+    Nf4(Nf4Weight),
+}
+
+impl Stored {
+    fn of(exact: &Tensor, name: &str, form: Form) -> Result<Self> {
+        if form != Form::Nf4 {
+            return Ok(Self::Dense(in_range(exact.shallow_clone(), name, form)?.to_kind(form.kind())));
+        }
+        let weight = Nf4Weight::quantize(exact).with_context(|| format!("merged weight `{name}`"))?;
+        Ok(Self::Nf4(weight.to_device(Device::Cpu)))
+    }
+
+    /// What a reader gets, `[out, in]` f32.
+    fn value(&self) -> Tensor {
+        match self {
+            Self::Dense(tensor) => tensor.to_kind(Kind::Float),
+            Self::Nf4(weight) => weight.dequantize(Kind::Float),
+        }
+    }
+}
+
+/// The largest number of 16 bits with the exponent of f16.
+const LARGEST_FP16: f64 = 65504.0;
+
+/// Refuses what f16 would store as infinity.
+fn in_range(tensor: Tensor, name: &str, form: Form) -> Result<Tensor> {
+    if form == Form::Fp16 && tensor.numel() > 0 {
+        let largest = tensor.abs().max().double_value(&[]);
+        // Written so that a value that is no number is refused too.
+        let fits = largest <= LARGEST_FP16;
+        if !fits {
+            return Err(user_error(
+                format!("`{name}` holds {largest:e}, fp16 ends at {LARGEST_FP16}"),
+                "merge to bf16, which has the range of f32",
+            ));
+        }
+    }
+    Ok(tensor)
 }
 
 fn merge_one(
@@ -151,42 +232,50 @@ fn merge_one(
     projection: Projection,
 ) -> Result<MergedWeight> {
     let name = format!("{}.weight", projection.path(layer));
+    let adapted = adapter.spec.targets.contains(&projection);
+    let step = |update, rounding| Step { layer, projection: projection.name(), update, rounding };
+    if options.from == Quantization::Nf4 && options.form == Form::Nf4 && !adapted {
+        // Its codes as they are: quantised a second time they would be others.
+        return Ok(MergedWeight { stored: Stored::Nf4(base.tensors.nf4(&name)?), step: step(0.0, 0.0) });
+    }
     let weight = match options.from {
         Quantization::Nf4 => base.tensors.nf4(&name)?.to_device(options.device).dequantize(Kind::Float),
         Quantization::None => base.tensors.tensor(&name)?.to_device(options.device).to_kind(Kind::Float),
     }; // [out, in] f32
-    if !adapter.spec.targets.contains(&projection) {
-        return Ok(MergedWeight { weight: weight.to_kind(options.dtype), step: None });
-    }
+    let size = norm(&weight).max(f64::MIN_POSITIVE);
+    let update = if adapted { Some(update(adapter, layer, projection, options.device)?) } else { None };
+    let exact = update
+        .as_ref()
+        .map_or_else(|| weight.shallow_clone(), |update| &weight + update.to_kind(Kind::Float));
+    let stored = Stored::of(&exact, &name, options.form)?;
+    let rounding = norm(&(stored.value().to_device(options.device) - exact)) / size;
+    Ok(MergedWeight { stored, step: step(update.map_or(0.0, |update| norm(&update)) / size, rounding) })
+}
+
+/// `scale · B · A`, `[out, in]` f64: products of f32 on a GPU may be rounded to 10 bits (TF32), and this is computed once.
+fn update(adapter: &Adapter, layer: usize, projection: Projection, device: Device) -> Result<Tensor> {
     let part = |which| {
         let name = half(layer, projection, which);
         let tensor = adapter.tensors.get(&name).with_context(|| format!("the adapter has no `{name}`"))?;
-        anyhow::Ok(tensor.to_device(options.device))
+        anyhow::Ok(tensor.to_device(device).to_kind(Kind::Double))
     };
-    // Products of f32 on a GPU may be rounded to 10 bits (TF32); this is computed once, so in f64.
-    let update =
-        part('B')?.to_kind(Kind::Double).matmul(&part('A')?.to_kind(Kind::Double)) * adapter.spec.scale();
-    let exact = &weight + update.to_kind(Kind::Float);
-    let stored = exact.to_kind(options.dtype);
-    let size = norm(&weight).max(f64::MIN_POSITIVE);
-    let step =
-        Step { update: norm(&update) / size, rounding: norm(&(stored.to_kind(Kind::Float) - exact)) / size };
-    Ok(MergedWeight { weight: stored, step: Some(step) })
+    Ok(part('B')?.matmul(&part('A')?) * adapter.spec.scale())
 }
 
 fn norm(tensor: &Tensor) -> f64 {
     tensor.norm().double_value(&[])
 }
 
-fn summary(projection: Projection, steps: &[(usize, Step)]) -> UpdateSize {
+fn summary(projection: Projection, steps: &[Step]) -> UpdateSize {
+    let steps: Vec<&Step> = steps.iter().filter(|step| step.projection == projection.name()).collect();
     let mean =
-        |of: fn(&Step) -> f64| steps.iter().map(|(_, step)| of(step)).sum::<f64>() / steps.len() as f64;
-    let largest = steps.iter().max_by(|a, b| a.1.update.total_cmp(&b.1.update));
+        |of: fn(&Step) -> f64| steps.iter().map(|step| of(step)).sum::<f64>() / steps.len().max(1) as f64;
+    let largest = steps.iter().max_by(|a, b| a.update.total_cmp(&b.update));
     UpdateSize {
         projection: projection.name().to_string(),
         mean: mean(|step| step.update),
-        max: largest.map_or(0.0, |(_, step)| step.update),
-        layer_of_max: largest.map_or(0, |(layer, _)| *layer),
+        max: largest.map_or(0.0, |step| step.update),
+        layer_of_max: largest.map_or(0, |step| step.layer),
         rounding: mean(|step| step.rounding),
     }
 }

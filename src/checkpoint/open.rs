@@ -124,7 +124,9 @@ fn open_merged(run_folder: &Path, device: Device) -> Result<OpenModel> {
 
 fn open_stored(folder: &Path, label: String, device: Device) -> Result<OpenModel> {
     let reference = folder.to_str().with_context(|| format!("path `{}` is not UTF-8", folder.display()))?;
-    load(BaseModel::open(reference)?, Quantization::None, label, device)
+    let base = BaseModel::open(reference)?;
+    let stored = base.stored;
+    load(base, stored, label, device)
 }
 
 fn load(base: BaseModel, quantization: Quantization, label: String, device: Device) -> Result<OpenModel> {

@@ -85,10 +85,7 @@ impl ChatTemplate {
     /// When the model has no chat template, the template does not compile, or the date is none.
     pub fn new(files: &TokenizerFiles, spec: &TemplateSpec, end_tokens: Vec<String>) -> Result<Self> {
         let source = template_source(files, spec)?;
-        let mut environment = environment(pinned_date(&spec.date)?)?;
-        environment
-            .add_template_owned(NAME, source)
-            .map_err(|error| anyhow!("{}", describe(&error)))
+        let environment = compiled(environment(pinned_date(&spec.date)?)?, source)
             .context("cannot compile the model's chat template")?;
         let mut end_tokens = end_tokens;
         end_tokens.sort_by_key(|token| std::cmp::Reverse(token.len()));
@@ -188,10 +185,12 @@ impl ChatTemplate {
             eos_token => self.eos_token.as_str(),
         };
         let template = self.environment.get_template(NAME)?;
+        let mut text = Bounded::default();
         template
-            .render(context)
+            .render_captured_to(context, &mut text)
             .map_err(|error| anyhow!("{}", describe(&error)))
-            .context("the chat template refuses the messages")
+            .context("the chat template refuses the messages")?;
+        Ok(String::from_utf8(text.bytes)?)
     }
 }
 
@@ -224,8 +223,55 @@ fn pinned_date(text: &str) -> Result<jiff::civil::DateTime> {
 }
 
 /// Jinja as transformers sets it up for chat templates.
+/// Longest template in bytes. Those that models come with have a few kilobytes, rarely thirty; a chain that fills
+/// it takes seconds to compile, because the compiler looks at each of its ends again for every link.
+const LONGEST_TEMPLATE: usize = 48 << 10;
+
+/// Compiling recurses once for each link of a chain (`a + b + …`), which no limit of the compiler's covers; two bytes can
+/// be a link. With this much a template of the longest size has 10 KiB for each.
+const COMPILER_STACK: usize = 256 << 20;
+
+/// The environment with its one template, compiled where it cannot overflow the caller's stack.
+fn compiled(mut environment: Environment<'static>, source: String) -> Result<Environment<'static>> {
+    if source.len() > LONGEST_TEMPLATE {
+        return Err(anyhow!("it has {} bytes, expected at most {LONGEST_TEMPLATE}", source.len()));
+    }
+    let compile = move || environment.add_template_owned(NAME, source).map(|()| environment);
+    let compiler = std::thread::Builder::new().stack_size(COMPILER_STACK).spawn(compile)?;
+    let environment = compiler.join().map_err(|_| anyhow!("the template compiler failed"))?;
+    environment.map_err(|error| anyhow!("{}", describe(&error)))
+}
+
+/// Steps that a template may take for one conversation: thousands of turns take fewer. A template comes with a model from
+/// elsewhere, and one that never ends must not hold everything up.
+const MOST_STEPS: u64 = 5_000_000;
+
+/// Bytes that a conversation may become.
+const LONGEST_TEXT: usize = 64 << 20;
+
+/// What a template writes, up to [`LONGEST_TEXT`].
+#[derive(Default)]
+struct Bounded {
+    bytes: Vec<u8>,
+}
+
+impl io::Write for Bounded {
+    fn write(&mut self, part: &[u8]) -> io::Result<usize> {
+        if self.bytes.len() + part.len() > LONGEST_TEXT {
+            return Err(io::Error::other(format!("the text grows beyond {LONGEST_TEXT} bytes")));
+        }
+        self.bytes.extend_from_slice(part);
+        Ok(part.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
 fn environment(today: jiff::civil::DateTime) -> Result<Environment<'static>> {
     let mut environment = Environment::new();
+    environment.set_fuel(Some(MOST_STEPS));
     environment.set_syntax(SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build()?);
     environment.set_auto_escape_callback(|_| minijinja::AutoEscape::None);
     environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);

@@ -379,13 +379,25 @@ impl<'a> Keys<'a> {
                 "`sliding_window` is {window}, which is not supported"
             );
         }
-        if self.present("quantization_config").is_some() {
-            return Err(user_error(
-                "the checkpoint is quantised already (`quantization_config`)",
-                "give the 16-bit model; it is quantised to NF4 while loading",
-            ));
+        self.refuse_other_quantization()
+    }
+
+    /// Of quantised checkpoints only bitsandbytes' NF4 is read.
+    fn refuse_other_quantization(&self) -> Result<()> {
+        let Some(config) = self.present("quantization_config") else { return Ok(()) };
+        let text = |key: &str| config.get(key).and_then(Value::as_str).unwrap_or("none");
+        let four = config.get("load_in_4bit").and_then(Value::as_bool).unwrap_or(false);
+        let (method, code) = (text("quant_method"), text("bnb_4bit_quant_type"));
+        if four && method == "bitsandbytes" && code == "nf4" {
+            return Ok(());
         }
-        Ok(())
+        Err(user_error(
+            format!(
+                "the checkpoint is quantised in another way than bitsandbytes' NF4: `quantization_config` has \
+                 `quant_method` {method}, `load_in_4bit` {four}, `bnb_4bit_quant_type` {code}"
+            ),
+            "give the 16-bit model; it is quantised to NF4 while loading",
+        ))
     }
 
     fn split_heads(&self, hidden_size: i64, heads: i64) -> Result<i64> {

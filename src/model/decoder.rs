@@ -340,6 +340,31 @@ impl Decoder {
         })
     }
 
+    /// What the head takes at the positions that are supervised, `[supervised, hidden]`: much smaller than their logits,
+    /// which [`head_logits`](Self::head_logits) makes some at a time.
+    ///
+    /// # Errors
+    /// As [`loss`](Self::loss).
+    pub fn supervised_hidden(&self, batch: &Batch) -> Result<Tensor> {
+        self.check(batch)?;
+        tch::no_grad(|| {
+            let pass = self.pass(batch, None);
+            let hidden = self.forward(batch, &pass, None, |_| {})?;
+            Ok(self.final_norm(&hidden.index_select(0, &batch.rows)).y)
+        })
+    }
+
+    /// Logits of some rows of [`supervised_hidden`](Self::supervised_hidden), `[rows, vocab]` f32.
+    pub fn head_logits(&self, hidden: &Tensor) -> Tensor {
+        self.head_of()(hidden)
+    }
+
+    /// As [`head_logits`](Self::head_logits), to go on when the rest of the model is no longer in memory.
+    pub fn head_of(&self) -> impl Fn(&Tensor) -> Tensor + 'static {
+        let (head, scaling) = (self.head(), self.config.logits_scaling);
+        move |hidden| tch::no_grad(|| logits_reference(hidden, &head, scaling))
+    }
+
     /// Appends `input_ids` to the sequence in `cache` and gives the logits after the last of them, `[vocab]` f32.
     ///
     /// # Errors

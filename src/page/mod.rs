@@ -2,6 +2,7 @@
 
 pub mod axis;
 pub mod chart;
+pub mod heat;
 
 const STYLE: &str = "
 :root { color-scheme: light dark; --ink: #1f2328; --faint: #8b949e66; --a: #0969da; --b: #bc4c00; --c: #1a7f37; --d: #8250df; }

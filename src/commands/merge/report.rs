@@ -1,0 +1,189 @@
+//! What was merged and what came of it: `merge_report.json` and `merge_report.html`.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::Result;
+use serde::Serialize;
+
+use super::page;
+use crate::checkpoint::form::Form;
+use crate::checkpoint::merge::{Step, UpdateSize};
+use crate::losses::divergence::Divergence;
+use crate::output;
+use crate::progress::note;
+
+/// Version of the JSON; 2 has several forms and their divergence.
+pub const FORMAT_VERSION: u32 = 2;
+
+const JSON: &str = "merge_report.json";
+/// The page's file name.
+pub const PAGE: &str = "merge_report.html";
+
+/// The whole report.
+#[derive(Debug, Serialize)]
+pub struct MergeReport {
+    pub format_version: u32,
+    pub program: String,
+    pub recipe: String,
+    pub base: String,
+    pub base_hash: String,
+    pub adapter: PathBuf,
+    pub rank: usize,
+    pub scale: f64,
+    /// `dequantized` or `original`.
+    pub merged_onto: &'static str,
+    pub forms: Vec<FormReport>,
+    /// Absent where the dataset is not there or is another model's.
+    pub measured: Option<Measured>,
+    pub limits: Limits,
+    /// What is beyond a limit, in words; nothing is merged then.
+    pub beyond: Vec<String>,
+}
+
+/// One form.
+#[derive(Debug, Serialize)]
+pub struct FormReport {
+    pub form: Form,
+    pub folder: PathBuf,
+    /// Of the weights.
+    pub bytes: u64,
+    pub updates: Vec<UpdateSize>,
+    pub matrices: Vec<Step>,
+}
+
+/// Models on the same held-out rows.
+#[derive(Debug, Serialize)]
+pub struct Measured {
+    pub rows: usize,
+    /// Base, base + adapter, then the forms; divergences are from base + adapter.
+    pub models: Vec<Model>,
+}
+
+/// One of them.
+#[derive(Debug, Serialize)]
+pub struct Model {
+    pub name: String,
+    #[serde(flatten)]
+    pub divergence: Divergence,
+}
+
+impl Model {
+    /// A model under a name.
+    pub fn new(name: &str, divergence: Divergence) -> Self {
+        Self { name: name.to_string(), divergence }
+    }
+}
+
+/// The first two models are what the forms are measured beside.
+const YARDSTICKS: usize = 2;
+
+/// How far a form may lie from base and adapter.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+pub struct Limits {
+    /// Mean divergence, in nats a token.
+    pub kl: Option<f64>,
+    /// Share of tokens whose most likely word is another.
+    pub flips: Option<f64>,
+}
+
+impl Limits {
+    /// Whether there is one.
+    pub fn any(&self) -> bool {
+        self.kl.is_some() || self.flips.is_some()
+    }
+
+    /// What is beyond a limit, or is no number.
+    pub fn beyond(&self, models: &[Model]) -> Vec<String> {
+        let mut beyond = Vec::new();
+        for Model { name, divergence } in models.iter().skip(YARDSTICKS) {
+            let found = [
+                ("mean KL divergence", "--max-kl", divergence.kl_mean, self.kl),
+                ("share of flipped words", "--max-flips", divergence.flipped_share, self.flips),
+            ];
+            for (what, flag, value, limit) in found {
+                let Some(limit) = limit else { continue };
+                // Written so that no number at all is beyond too.
+                let within = value <= limit;
+                if !within {
+                    beyond.push(format!("{what} of {name} is {value:.3e}, `{flag}` is {limit:.3e}"));
+                }
+            }
+        }
+        beyond
+    }
+}
+
+impl MergeReport {
+    /// As it is written.
+    pub fn json(&self) -> Result<String> {
+        let mut text = serde_json::to_string_pretty(self)?;
+        text.push('\n');
+        Ok(text)
+    }
+
+    /// Writes JSON and page into a folder.
+    pub fn write(&self, folder: &Path) -> Result<()> {
+        output::write_file(&folder.join(JSON), self.json()?.as_bytes())?;
+        output::write_file(&folder.join(PAGE), page::of(self).as_bytes())
+    }
+
+    /// Tells the figures that decide.
+    pub fn tell(&self) {
+        for FormReport { form, bytes, updates, .. } in &self.forms {
+            note(format!("{} ({:.1} MB)", form.name(), *bytes as f64 / 1e6));
+            for UpdateSize { projection, mean, max, layer_of_max, rounding } in updates {
+                note(format!(
+                    "  {projection:<10} moved by {mean:.2e} of its size (most in layer {layer_of_max}: {max:.2e}), rounding {rounding:.2e}"
+                ));
+            }
+        }
+        let Some(Measured { rows, models }) = &self.measured else { return };
+        let tokens = models.first().map_or(0, |model| model.divergence.tokens);
+        note(format!("on {rows} held-out rows, {tokens} tokens:"));
+        for Model { name, divergence } in models {
+            let Divergence { loss, kl_mean, kl_p99, kl_max, flipped_share, .. } = divergence;
+            note(format!(
+                "  {name:<15} loss {loss:.4}  KL mean {kl_mean:.2e}, p99 {kl_p99:.2e}, max {kl_max:.2e}  flipped {:.2} %",
+                flipped_share * 100.0
+            ));
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn model(name: &str, kl_mean: f64, flipped_share: f64) -> Model {
+        let divergence = Divergence {
+            tokens: 100,
+            loss: 1.0,
+            kl_mean,
+            kl_p99: kl_mean,
+            kl_max: kl_mean,
+            flipped: 0,
+            flipped_share,
+        };
+        Model::new(name, divergence)
+    }
+
+    #[test]
+    fn limits_hold_for_the_forms_alone_and_for_what_is_no_number() {
+        let models = [
+            model("base", 9.0, 0.9),
+            model("base + adapter", 0.0, 0.0),
+            model("bf16", 1e-5, 0.01),
+            model("nf4", 0.02, 0.3),
+            model("fp16", f64::NAN, 0.0),
+        ];
+        let limits = |kl, flips| Limits { kl, flips }.beyond(&models);
+        assert_eq!(limits(None, None), Vec::<String>::new());
+        assert_eq!(
+            limits(Some(0.02), Some(0.1)),
+            [
+                "share of flipped words of nf4 is 3.000e-1, `--max-flips` is 1.000e-1",
+                "mean KL divergence of fp16 is NaN, `--max-kl` is 2.000e-2"
+            ]
+        );
+    }
+}

@@ -1,0 +1,175 @@
+//! Whole files of each kind, for the damage to begin with, and the words of their formats.
+
+use std::fs;
+use std::io::Write as _;
+
+use granite::checkpoint::form::Form;
+use granite::checkpoint::merge::{self, MergeOptions};
+use granite::checkpoint::{adapter, base::BaseModel};
+use granite::data::manifest::{FORMAT_VERSION, Manifest, SplitReport};
+use granite::data::store::{self, PackedRow, Split};
+use granite::model::batch::Sequence;
+use granite::recipe::{DataSpec, Quantization};
+
+use crate::targets::fixtures;
+
+/// Seeds and words of a target.
+pub fn of(target: &str) -> (Vec<Vec<u8>>, &'static [&'static str]) {
+    match target {
+        "records" => (dumps(), JSON),
+        "recipe" => (recipes(), TOML),
+        "template" => (TEMPLATES.iter().map(|text| text.as_bytes().to_vec()).collect(), JINJA),
+        "gguf" => (files(&["gguf/tiny-granite.gguf", "gguf/tiny-llama.gguf"]), GGUF),
+        "safetensors" => {
+            (files(&["nf4.safetensors", "tiny-granite/adapter/adapter_model.safetensors"]), SAFETENSORS)
+        }
+        "weights" => (vec![four_bits()], SAFETENSORS),
+        "model_config" => (files(&["tiny-granite/config.json", "tiny-llama/config.json"]), JSON),
+        "adapter_config" => (files(&["tiny-granite/adapter/adapter_config.json"]), JSON),
+        "adapter_tensors" => (files(&["tiny-granite/adapter/adapter_model.safetensors"]), SAFETENSORS),
+        "tokenizer_json" => (files(&["tiny-granite/tokenizer.json", "tiny-llama/tokenizer.json"]), JSON),
+        "tokenizer_config" => {
+            (files(&["tiny-granite/tokenizer_config.json", "tiny-llama/tokenizer_config.json"]), JSON)
+        }
+        "dataset_rows" => (dataset(), JSON),
+        "run_state" => (vec![STATE.to_vec(), files(&["optimizers.safetensors"]).remove(0)], JSON),
+        "nf4_cache" => {
+            (vec![CACHE.to_vec(), files(&["tiny-granite/model.safetensors"]).remove(0)], SAFETENSORS)
+        }
+        other => panic!("there is no target `{other}`"),
+    }
+}
+
+const JSON: &[&str] = &[
+    "[", "]", "{", "}", "\"", ",", ":", "null", "[[[[[[[[", "{\"a\":", "\\ud800", "\u{feff}", "\u{0}",
+    "1e308", "-0", "\n",
+];
+const TOML: &[&str] = &[
+    "[model]\n",
+    "[[x]]\n",
+    "= ",
+    "\"\"\"",
+    "1979-05-27",
+    "inf",
+    "nan",
+    "a.b.c = 1\n",
+    "{",
+    "[[[[",
+    "\u{0}",
+];
+const JINJA: &[&str] = &[
+    "{% for i in range(99999) %}",
+    "{% endfor %}",
+    "{% for m in messages %}",
+    "{% macro f(x) %}{{ f(x) }}{% endmacro %}{{ f(1) }}",
+    "{% set x = 'aaaaaaaa' * 1000 %}",
+    "{{ x * 99999999 }}",
+    "{{ messages | tojson(indent=4000000000) }}",
+    "{{ messages[-1].content[::0] }}",
+    "{{ 1 // 0 }}",
+    "{{ 2 ** 9999 }}",
+    "((((((((((",
+    "{{",
+    "}}",
+    "{%",
+    "%}",
+    "{#",
+    "{{ strftime_now('%') }}",
+    "{{ raise_exception('x') }}",
+    "{{ messages[0].content.split('') }}",
+    "{{ '%s' | format(1) }}",
+    "{% if true %}",
+    "{% endif %}",
+    "| replace('', messages)",
+];
+const GGUF: &[&str] =
+    &["GGUF", "general.alignment", "tokenizer.ggml.tokens", "llama.block_count", "\u{9}\u{0}\u{0}\u{0}"];
+const SAFETENSORS: &[&str] = &[
+    "\"data_offsets\":[0,18446744073709551615]",
+    "\"shape\":[4294967296,4294967296]",
+    "\"shape\":[]",
+    "\"dtype\":\"F64\"",
+    "\"dtype\":\"U8\"",
+    "\"dtype\":\"BOOL\"",
+    "{",
+    "}",
+    ".quant_state.bitsandbytes__nf4",
+    "\"__metadata__\":{}",
+];
+
+const TEMPLATES: [&str; 3] = [
+    "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}",
+    "{%- set ns = namespace(found=false, text='') %}{% for m in messages %}{% if loop.first %}{% set ns.found = true %}{% endif %}{% set ns.text = ns.text ~ m.content|trim %}{{ m | tojson }}{% endfor %}{{ ns.text }}",
+    "{% macro turn(m, depth=0) %}{{ m.role.upper() }}: {{ m.content.replace('a', 'b') }}{% endmacro %}{% for m in messages[1:] %}{{ turn(m) }}{% else %}none{% endfor %}{{ range(3) | list | join(',') }}",
+];
+
+const STATE: &[u8] = br#"{"format_version": 1, "step": 1, "epoch_loss": [1.5, 20], "identity": {"lora": {"rank": 4}}, "threads": 2}"#;
+const CACHE: &[u8] = br#"{"format_version": 1, "base": "base", "digest": "00"}"#;
+
+fn files(names: &[&str]) -> Vec<Vec<u8>> {
+    names.iter().map(|name| fs::read(fixtures().join(name)).unwrap()).collect()
+}
+
+fn recipes() -> Vec<Vec<u8>> {
+    ["tiny.toml", "smollm2-135m-cpu.toml", "granite-3.1-8b-qlora.toml"]
+        .iter()
+        .map(|name| fs::read(fixtures().join("../../recipes").join(name)).unwrap())
+        .collect()
+}
+
+/// The same records as an array, wrapped, as lines, in gzip and in a zip.
+fn dumps() -> Vec<Vec<u8>> {
+    let records = r#"{"instruction": "Add.", "input": "2, 2", "output": "4 \u00e9 \ud83d\ude00"}, {"a": [1, -2.5e3, null, {"b": true}]}"#;
+    let array = format!("[{records}]");
+    let lines = records.replace("}, {", "}\n{");
+    let wrapped = format!(r#"{{"version": 1, "data": {array}}}"#);
+    let mut gzip = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::default());
+    gzip.write_all(lines.as_bytes()).unwrap();
+    let mut zip = zip::ZipWriter::new(std::io::Cursor::new(Vec::new()));
+    zip.start_file("folder/train.json", zip::write::SimpleFileOptions::default()).unwrap();
+    zip.write_all(array.as_bytes()).unwrap();
+    let zip = zip.finish().unwrap().into_inner();
+    vec![array.into_bytes(), lines.into_bytes(), wrapped.into_bytes(), gzip.finish().unwrap(), zip]
+}
+
+/// A manifest that nothing was prepared for.
+pub fn manifest() -> Manifest {
+    Manifest {
+        format_version: FORMAT_VERSION,
+        program: "granite test".to_string(),
+        recipe: DataSpec::default(),
+        model: "a/b".to_string(),
+        model_vocab_size: Some(256),
+        tokenizer_vocab_size: 256,
+        tokenizer_hash: "0".repeat(64),
+        sequence_length: 16,
+        sources: Vec::new(),
+        train: SplitReport::default(),
+        validation: SplitReport::default(),
+        inputs: Vec::new(),
+    }
+}
+
+/// Rows as parquet, and a manifest.
+fn dataset() -> Vec<Vec<u8>> {
+    let sequence = |ids: Vec<u32>| Sequence { loss_mask: vec![true; ids.len()], input_ids: ids, source: 0 };
+    let row = |at: u32| PackedRow {
+        sequences: vec![sequence(vec![at, 1, 2]), sequence(vec![3; 5])],
+        examples: vec![at, at + 1],
+    };
+    let rows: Vec<PackedRow> = (0..20).map(row).collect();
+    let folder = tempfile::tempdir().unwrap();
+    store::write(folder.path(), &manifest(), [(Split::Train, &[]), (Split::Validation, &rows)], &[]).unwrap();
+    ["validation.parquet", "manifest.json"].map(|name| fs::read(folder.path().join(name)).unwrap()).to_vec()
+}
+
+/// The tiny model merged to bitsandbytes' 4 bits.
+fn four_bits() -> Vec<u8> {
+    let model = fixtures().join("tiny-granite");
+    let base = BaseModel::open(model.to_str().unwrap()).unwrap();
+    let adapter = adapter::load(&model.join("adapter")).unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    let options = MergeOptions { from: Quantization::Nf4, form: Form::Nf4, device: tch::Device::Cpu };
+    merge::write(folder.path(), &base, &adapter, &options).unwrap();
+    fs::read(folder.path().join("model.safetensors")).unwrap()
+}
