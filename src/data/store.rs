@@ -332,7 +332,7 @@ fn write_examples(path: &Path, examples: &[Lineage]) -> Result<()> {
 }
 
 fn read_rows(path: &Path) -> Result<Vec<PackedRow>> {
-    let builder = ParquetRecordBatchReaderBuilder::try_new(File::open(path)?)?;
+    let builder = checked(ParquetRecordBatchReaderBuilder::try_new(File::open(path)?)?)?;
     let mut rows = Vec::new();
     for batch in builder.with_batch_size(ROWS_PER_GROUP).build()? {
         let batch = batch?;
@@ -345,7 +345,7 @@ fn read_rows(path: &Path) -> Result<Vec<PackedRow>> {
 
 /// One row of a file, without reading the rest.
 fn one_row(path: &Path, row: usize) -> Result<RecordBatch> {
-    let builder = ParquetRecordBatchReaderBuilder::try_new(File::open(path)?)?;
+    let builder = checked(ParquetRecordBatchReaderBuilder::try_new(File::open(path)?)?)?;
     let rows = usize::try_from(builder.metadata().file_metadata().num_rows())?;
     if row >= rows {
         let way = if rows == 0 {
@@ -412,6 +412,20 @@ fn turns_of(batch: &RecordBatch) -> Result<Vec<Turn>> {
             Ok(Turn { message: *message, role, start: *start, end: *end })
         })
         .collect()
+}
+
+/// Refuses columns whose place in the file is negative: the parquet library panics on them.
+fn checked(builder: ParquetRecordBatchReaderBuilder<File>) -> Result<ParquetRecordBatchReaderBuilder<File>> {
+    for (group, columns) in builder.metadata().row_groups().iter().enumerate() {
+        for column in columns.columns() {
+            let start = column.dictionary_page_offset().unwrap_or_else(|| column.data_page_offset());
+            let size = column.compressed_size();
+            if start < 0 || size < 0 {
+                bail!("column `{}` of row group {group} has {size} bytes at {start}", column.column_path());
+            }
+        }
+    }
+    Ok(builder)
 }
 
 /// The list of a column's row, or why there is none.

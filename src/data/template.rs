@@ -294,6 +294,10 @@ fn describe(error: &Error) -> String {
 /// `tojson` as transformers overrides it: Python's `json.dumps` without escaping what is not ASCII.
 fn to_json(value: &Value, options: Kwargs) -> Result<String, Error> {
     let indent: Option<usize> = options.get("indent")?;
+    if let Some(width) = indent.filter(|width| *width > WIDEST_INDENT) {
+        let message = format!("`tojson` is asked for an indent of {width}, expected at most {WIDEST_INDENT}");
+        return Err(Error::new(ErrorKind::InvalidOperation, message));
+    }
     // Accepted, because templates say it; these are the defaults here.
     let _: Option<bool> = options.get("ensure_ascii")?;
     options.assert_all_used()?;
@@ -304,6 +308,9 @@ fn to_json(value: &Value, options: Kwargs) -> Result<String, Error> {
         .map_err(|error| Error::new(ErrorKind::BadSerialization, error.to_string()))?;
     String::from_utf8(text).map_err(|error| Error::new(ErrorKind::BadSerialization, error.to_string()))
 }
+
+/// Templates that indent say 2 or 4.
+const WIDEST_INDENT: usize = 32;
 
 /// Python's separators: `", "` and `": "`, or a new line and an indent in place of the space after a comma.
 struct PythonJson {
@@ -319,7 +326,11 @@ impl PythonJson {
 
     fn new_line<W: ?Sized + io::Write>(&self, writer: &mut W) -> io::Result<()> {
         match self.indent {
-            Some(width) => write!(writer, "\n{:1$}", "", width * self.depth),
+            // A width in a format string may not be larger than 65535, and a value may be nested as deep as it likes.
+            Some(width) => {
+                writer.write_all(b"\n")?;
+                (0..width * self.depth).try_for_each(|_| writer.write_all(b" "))
+            }
             None => Ok(()),
         }
     }

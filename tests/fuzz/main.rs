@@ -131,6 +131,12 @@ fn a_template_that_never_ends_is_stopped() {
     assert!(format!("{error:#}").contains("the chat template refuses"), "{error:#}");
     let deep = "{% macro f(x) %}{{ f(x) }}{% endmacro %}{{ f(1) }}";
     targets::template(Path::new(""), deep.as_bytes()).unwrap_err();
+    let wide = "{{ messages | tojson(indent=4000000000) }}";
+    let error = targets::template(Path::new(""), wide.as_bytes()).unwrap_err();
+    assert!(format!("{error:#}").contains("indent of 4000000000"), "{error:#}");
+    let narrow = "{{ messages | tojson(indent=32) }}";
+    let error = targets::template(Path::new(""), narrow.as_bytes()).unwrap_err();
+    assert!(!format!("{error:#}").contains("indent of"), "{error:#}");
     let chain = format!("{{{{ 1{} }}}}", "+x".repeat(10_000));
     let _ = targets::template(Path::new(""), chain.as_bytes());
     let chain = format!("{{{{ x{} }}}}", ".y".repeat(10_000));
@@ -142,6 +148,22 @@ fn a_template_that_never_ends_is_stopped() {
     assert!(format!("{error:#}").contains("262144 bytes"), "{error:#}");
     let nested = format!("{{{{ {}1{} }}}}", "(".repeat(20_000), ")".repeat(20_000));
     targets::template(Path::new(""), nested.as_bytes()).unwrap_err();
+}
+
+/// Numbers of parquet's footer are zigzag: an odd one is negative.
+#[test]
+fn a_column_at_a_negative_place_is_an_error() {
+    let folder = tempfile::tempdir().unwrap();
+    let whole = seeds::of("dataset_rows").0.remove(0);
+    let length = u32::from_le_bytes(whole[whole.len() - 8..][..4].try_into().unwrap()) as usize;
+    let mut refused = 0;
+    for at in whole.len() - 8 - length..whole.len() - 8 {
+        let mut bytes = whole.clone();
+        bytes[at] |= 1;
+        let error = targets::dataset_rows(folder.path(), &bytes).err().map(|error| format!("{error:#}"));
+        refused += u32::from(error.is_some_and(|error| error.contains("of row group 0 has")));
+    }
+    assert!(refused > 5, "{refused}");
 }
 
 #[test]
