@@ -38,6 +38,8 @@ pub enum Command {
     Doctor(DoctorArgs),
     /// Measure how fast this machine's GPU is at what training is made of.
     Bench(BenchArgs),
+    /// Tell what was trained: list runs, show one, compare some.
+    Runs(RunsArgs),
 }
 
 /// The recipe and what is laid over it.
@@ -420,4 +422,37 @@ pub struct BenchTrainArgs {
     /// Print the figures as JSON.
     #[arg(long)]
     pub json: bool,
+}
+
+/// `granite runs`
+#[derive(Debug, Args)]
+pub struct RunsArgs {
+    /// What to tell.
+    #[command(subcommand)]
+    pub command: RunsCommand,
+
+    /// Print JSON.
+    #[arg(long, global = true)]
+    pub json: bool,
+}
+
+/// What to tell of runs.
+#[derive(Debug, Subcommand)]
+pub enum RunsCommand {
+    /// A line a run: state, steps, losses, checkpoints.
+    List {
+        /// The folder of the runs, in place of `checkpoints/runs`.
+        folder: Option<PathBuf>,
+    },
+    /// One run in numbers, and its recipe.
+    Show {
+        /// Its folder, or its name in `checkpoints/runs`.
+        run: PathBuf,
+    },
+    /// Runs side by side, and what their recipes differ in.
+    Compare {
+        /// Their folders or names.
+        #[arg(required = true, num_args = 2..)]
+        runs: Vec<PathBuf>,
+    },
 }

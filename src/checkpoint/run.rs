@@ -92,6 +92,25 @@ impl RunFolder {
         Self { path: given.map_or_else(|| Path::new(RUNS).join(&recipe.name), Path::to_path_buf) }
     }
 
+    /// The run in this folder.
+    pub fn at(path: &Path) -> Self {
+        Self { path: path.to_path_buf() }
+    }
+
+    /// The recipe that the run was begun with.
+    ///
+    /// # Errors
+    /// When the file is missing or damaged.
+    pub fn recipe(&self) -> Result<Recipe> {
+        Recipe::load(&self.path.join(RECIPE_FILE), &[])
+    }
+
+    /// Whether a process trains in it.
+    pub fn is_locked(&self) -> bool {
+        let lock = fs::File::open(self.path.join(LOCK_FILE)).map(|file| file.try_lock_shared());
+        matches!(lock, Ok(Err(fs::TryLockError::WouldBlock)))
+    }
+
     /// Where it is.
     pub fn path(&self) -> &Path {
         &self.path

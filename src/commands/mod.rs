@@ -5,6 +5,7 @@ pub mod doctor;
 pub mod eval;
 pub mod merge;
 pub mod prepare;
+pub mod runs;
 pub mod serve;
 pub mod train;
 
@@ -25,5 +26,6 @@ pub fn run(command: Command) -> Result<()> {
         Command::Serve(args) => serve::run(&args),
         Command::Doctor(args) => doctor::run(&args),
         Command::Bench(args) => bench::run(&args),
+        Command::Runs(args) => runs::run(&args),
     }
 }

@@ -6,3 +6,4 @@ mod bench;
 mod damaged;
 mod interrupted;
 mod repeated;
+mod runs;
