@@ -331,7 +331,18 @@ fn write_examples(path: &Path, examples: &[Lineage]) -> Result<()> {
     Ok(())
 }
 
+/// Runs what decodes parquet: on some damaged pages the library panics, which is an error here.
+fn decoding<T>(decode: impl FnOnce() -> Result<T>) -> Result<T> {
+    // What `decode` borrows is not used after a panic: the error ends the reading.
+    std::panic::catch_unwind(std::panic::AssertUnwindSafe(decode))
+        .unwrap_or_else(|_| Err(anyhow!("the file is damaged: its pages cannot be decoded")))
+}
+
 fn read_rows(path: &Path) -> Result<Vec<PackedRow>> {
+    decoding(|| decode_rows(path))
+}
+
+fn decode_rows(path: &Path) -> Result<Vec<PackedRow>> {
     let builder = checked(ParquetRecordBatchReaderBuilder::try_new(File::open(path)?)?)?;
     let mut rows = Vec::new();
     for batch in builder.with_batch_size(ROWS_PER_GROUP).build()? {
@@ -345,6 +356,10 @@ fn read_rows(path: &Path) -> Result<Vec<PackedRow>> {
 
 /// One row of a file, without reading the rest.
 fn one_row(path: &Path, row: usize) -> Result<RecordBatch> {
+    decoding(|| decode_row(path, row))
+}
+
+fn decode_row(path: &Path, row: usize) -> Result<RecordBatch> {
     let builder = checked(ParquetRecordBatchReaderBuilder::try_new(File::open(path)?)?)?;
     let rows = usize::try_from(builder.metadata().file_metadata().num_rows())?;
     if row >= rows {

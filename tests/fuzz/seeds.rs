@@ -97,9 +97,10 @@ const SAFETENSORS: &[&str] = &[
     "\"__metadata__\":{}",
 ];
 
+/// None has a `namespace`: one that is made to hold itself overflows the stack of minijinja, which has no guard against it.
 const TEMPLATES: [&str; 3] = [
     "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}",
-    "{%- set ns = namespace(found=false, text='') %}{% for m in messages %}{% if loop.first %}{% set ns.found = true %}{% endif %}{% set ns.text = ns.text ~ m.content|trim %}{{ m | tojson }}{% endfor %}{{ ns.text }}",
+    "{%- set found = false %}{% for m in messages %}{% if loop.first %}{% set found = true %}{% endif %}{{ m | tojson }}{{ m.content|trim ~ found }}{% endfor %}",
     "{% macro turn(m, depth=0) %}{{ m.role.upper() }}: {{ m.content.replace('a', 'b') }}{% endmacro %}{% for m in messages[1:] %}{{ turn(m) }}{% else %}none{% endfor %}{{ range(3) | list | join(',') }}",
 ];
 
