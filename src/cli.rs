@@ -40,6 +40,9 @@ pub enum Command {
     Bench(BenchArgs),
     /// Tell what was trained: list runs, show one, compare some.
     Runs(RunsArgs),
+    /// Run Python that a model wrote: `granite eval` starts this for each program.
+    #[command(name = "confined-python", hide = true)]
+    ConfinedPython(ConfinedPythonArgs),
 }
 
 /// The recipe and what is laid over it.
@@ -232,15 +235,15 @@ pub struct EvalArgs {
     #[command(flatten)]
     pub recipe: RecipeArgs,
 
-    /// What to measure: `base`, `adapter`, `merged`, or a folder; the adapter when nothing is said.
+    /// What to measure: `base`, `adapter`, `merged`, or a folder; several are put side by side.
     #[arg(long, value_name = "WHAT", default_value = "adapter")]
-    pub model: String,
+    pub model: Vec<String>,
 
     /// Ask at most so many questions of a task.
     #[arg(long, value_name = "N")]
     pub limit: Option<usize>,
 
-    /// Where the report goes, in place of `checkpoints/runs/<name>/eval-<model>`.
+    /// Where the report goes, in place of `checkpoints/runs/<name>/eval-<models>`; what is there is gone on with.
     #[arg(long, value_name = "FOLDER")]
     pub out: Option<PathBuf>,
 
@@ -307,6 +310,13 @@ pub struct DoctorArgs {
     /// Print the findings as JSON.
     #[arg(long)]
     pub json: bool,
+}
+
+/// `granite confined-python`
+#[derive(Debug, Args)]
+pub struct ConfinedPythonArgs {
+    /// What is left to the program, as JSON.
+    pub confinement: String,
 }
 
 /// `granite bench`

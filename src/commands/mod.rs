@@ -1,6 +1,7 @@
 //! One file per subcommand: arguments in, summary out. Commands never call each other.
 
 pub mod bench;
+pub mod confined_python;
 pub mod doctor;
 pub mod eval;
 pub mod merge;
@@ -27,5 +28,6 @@ pub fn run(command: Command) -> Result<()> {
         Command::Doctor(args) => doctor::run(&args),
         Command::Bench(args) => bench::run(&args),
         Command::Runs(args) => runs::run(&args),
+        Command::ConfinedPython(args) => confined_python::run(&args),
     }
 }

@@ -2,50 +2,62 @@
 
 use std::ops::Range;
 
-/// A piece of SQL that matters to us.
+/// A piece of SQL; white space and comments lie between.
 #[derive(Debug, Clone, PartialEq, Eq)]
-enum Piece {
-    /// A bare word: keyword, name or number.
-    Word(Range<usize>),
-    /// A `;`.
-    End(usize),
-    /// Any other character that is no white space and no part of a comment, and a quoted text as a whole.
-    Other,
+struct Piece {
+    kind: Kind,
+    range: Range<usize>,
 }
 
-/// Splits SQL into words and the rest; quoted texts and comments are never looked into.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    /// A bare word: keyword, name or number.
+    Word,
+    /// A quoted text or name as a whole.
+    Quoted,
+    /// Any other character.
+    Mark,
+}
+
+/// A piece of SQL, for those who count them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Token<'a> {
+    /// A bare word: keyword, name or number.
+    Word(&'a str),
+    /// A quoted text or name.
+    Quoted,
+    /// Any other character that is no white space.
+    Mark(&'a str),
+}
+
+/// Splits SQL into its tokens; quoted texts and comments are never looked into.
+pub fn tokens(sql: &str) -> Vec<Token<'_>> {
+    let token = |piece: Piece| match piece.kind {
+        Kind::Word => Token::Word(&sql[piece.range]),
+        Kind::Quoted => Token::Quoted,
+        Kind::Mark => Token::Mark(&sql[piece.range]),
+    };
+    pieces(sql).into_iter().map(token).collect()
+}
+
 fn pieces(sql: &str) -> Vec<Piece> {
     let bytes = sql.as_bytes();
     let mut pieces = Vec::new();
     let mut at = 0;
     while at < bytes.len() {
         let rest = &sql[at..];
-        let length = match bytes[at] {
-            quote @ (b'\'' | b'"' | b'`') => {
-                pieces.push(Piece::Other);
-                quoted(rest, quote)
-            }
-            b'[' => {
-                pieces.push(Piece::Other);
-                rest.find(']').map_or(rest.len(), |end| end + 1)
-            }
-            b'-' if rest.starts_with("--") => rest.find('\n').unwrap_or(rest.len()),
-            b'/' if rest.starts_with("/*") => rest.find("*/").map_or(rest.len(), |end| end + 2),
-            b';' => {
-                pieces.push(Piece::End(at));
-                1
-            }
+        let (kind, length) = match bytes[at] {
+            quote @ (b'\'' | b'"' | b'`') => (Some(Kind::Quoted), quoted(rest, quote)),
+            b'[' => (Some(Kind::Quoted), rest.find(']').map_or(rest.len(), |end| end + 1)),
+            b'-' if rest.starts_with("--") => (None, rest.find('\n').unwrap_or(rest.len())),
+            b'/' if rest.starts_with("/*") => (None, rest.find("*/").map_or(rest.len(), |end| end + 2)),
             byte if is_word(byte) => {
-                let length = rest.bytes().take_while(|byte| is_word(*byte)).count();
-                pieces.push(Piece::Word(at..at + length));
-                length
+                (Some(Kind::Word), rest.bytes().take_while(|byte| is_word(*byte)).count())
             }
-            byte if byte.is_ascii_whitespace() => 1,
-            _ => {
-                pieces.push(Piece::Other);
-                1
-            }
+            byte if byte.is_ascii_whitespace() => (None, 1),
+            _ => (Some(Kind::Mark), 1),
         };
+        pieces.extend(kind.map(|kind| Piece { kind, range: at..at + length }));
         at += length;
     }
     pieces
@@ -72,21 +84,37 @@ fn quoted(rest: &str, quote: u8) -> usize {
     rest.len()
 }
 
-fn is(sql: &str, piece: Option<&Piece>, word: &str) -> bool {
-    matches!(piece, Some(Piece::Word(range)) if sql[range.clone()].eq_ignore_ascii_case(word))
+fn is(sql: &str, piece: Option<&Piece>, text: &str) -> bool {
+    piece.is_some_and(|one| one.kind != Kind::Quoted && sql[one.range.clone()].eq_ignore_ascii_case(text))
 }
 
-/// The query without its `DISTINCT`s, as Spider's own evaluation compares queries.
-/// The operator `IS DISTINCT FROM` stays.
-pub fn without_distinct(sql: &str) -> String {
+/// The query as Spider's own evaluation runs it: without its `DISTINCT`s, with `> =` as one operator, and with
+/// the year 2020 for `YEAR(CURDATE())`. The operator `IS DISTINCT FROM` stays.
+pub fn as_evaluated(sql: &str) -> String {
     let pieces = pieces(sql);
+    let are = |start: usize, texts: &[&str]| {
+        texts.iter().enumerate().all(|(at, text)| is(sql, pieces.get(start + at), text))
+    };
     let mut kept = String::with_capacity(sql.len());
     let mut copied = 0;
-    for (index, piece) in pieces.iter().enumerate() {
-        let Piece::Word(range) = piece else { continue };
-        if is(sql, Some(piece), "distinct") && !is(sql, pieces.get(index + 1), "from") {
-            kept.push_str(&sql[copied..range.start]);
-            copied = range.end;
+    for (at, piece) in pieces.iter().enumerate() {
+        let Range { start, end } = piece.range;
+        if start < copied {
+            continue;
+        }
+        let replaced = if are(at, &["distinct"]) && !are(at + 1, &["from"]) {
+            Some((end, ""))
+        } else if are(at, &["year", "(", "curdate", "(", ")", ")"]) {
+            Some((pieces[at + 5].range.end, "2020"))
+        } else if ["<", ">", "!"].iter().any(|mark| are(at, &[mark, "="])) && sql[end..].starts_with(" =") {
+            Some((end + 1, &sql[start..end]))
+        } else {
+            None
+        };
+        if let Some((next, text)) = replaced {
+            kept.push_str(&sql[copied..start]);
+            kept.push_str(text);
+            copied = next;
         }
     }
     kept.push_str(&sql[copied..]);
@@ -102,13 +130,8 @@ pub fn orders_rows(sql: &str) -> bool {
 /// with `SELECT` or `WITH`, up to the first `;` or empty line. An answer without any is taken whole.
 pub fn extract(answer: &str) -> String {
     let text = fenced(answer).unwrap_or_else(|| from_query(answer));
-    let text =
-        match pieces(text).iter().find_map(|piece| if let Piece::End(at) = piece { Some(*at) } else { None })
-        {
-            Some(end) => &text[..end],
-            None => text,
-        };
-    text.trim().to_string()
+    let end = pieces(text).into_iter().find(|piece| is(text, Some(piece), ";"));
+    text[..end.map_or(text.len(), |end| end.range.start)].trim().to_string()
 }
 
 /// The inside of the first code fence that holds a query, without the language's name.
@@ -148,7 +171,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn distinct_is_left_out_but_not_in_texts() {
+    fn queries_are_run_as_the_evaluation_does() {
         for (sql, expected) in [
             ("SELECT DISTINCT a FROM t", "SELECT  a FROM t"),
             ("select count(distinct a), b from t", "select count( a), b from t"),
@@ -157,9 +180,13 @@ mod tests {
             ("SELECT a IS NOT DISTINCT FROM b", "SELECT a IS NOT DISTINCT FROM b"),
             ("SELECT distinctly FROM t -- distinct", "SELECT distinctly FROM t -- distinct"),
             ("SELECT 'open distinct", "SELECT 'open distinct"),
+            ("SELECT a WHERE b > = 1 AND c ! = 2 AND d < 3", "SELECT a WHERE b >= 1 AND c != 2 AND d < 3"),
+            ("SELECT '> =' WHERE a >  = 1", "SELECT '> =' WHERE a >  = 1"),
+            ("SELECT year( CURDATE ( ) ) - a", "SELECT 2020 - a"),
+            ("SELECT year(a), 'größe', größe", "SELECT year(a), 'größe', größe"),
             ("", ""),
         ] {
-            assert_eq!(without_distinct(sql), expected);
+            assert_eq!(as_evaluated(sql), expected);
         }
     }
 

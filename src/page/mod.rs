@@ -3,6 +3,7 @@
 pub mod axis;
 pub mod chart;
 pub mod heat;
+pub mod interval;
 
 const STYLE: &str = "
 :root { color-scheme: light dark; --ink: #1f2328; --faint: #8b949e66; --a: #0969da; --b: #bc4c00; --c: #1a7f37; --d: #8250df; }
@@ -16,6 +17,8 @@ text.a, text.b, text.c, text.d { stroke: none; }
 table { border-collapse: collapse; margin: 1rem 0; } caption { text-align: left; font-weight: 600; }
 th, td { text-align: left; padding: .2rem 1.5rem .2rem 0; font-weight: normal; }
 td { font-variant-numeric: tabular-nums; } tr + tr > * { border-top: 1px solid var(--faint); }
+pre { white-space: pre-wrap; overflow-wrap: anywhere; font-size: 12.5px; margin: .3rem 0 1rem; padding: .5rem .8rem; border-left: 3px solid var(--faint); }
+summary { cursor: pointer; } details > p { margin: .3rem 0; }
 .numbers th:not(:first-child), .numbers td:not(:first-child) { text-align: right; padding: .2rem 0 .2rem 1.5rem; }
 ";
 

@@ -502,12 +502,90 @@ pub enum Optimizer {
     AdamW8bit,
 }
 
-/// What `granite eval` measures.
-#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+/// What `granite eval` measures, besides the losses of held-out rows.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct EvalSpec {
-    /// Spider execution accuracy, when given.
+    /// Chooses the resamples of intervals and tests.
+    pub seed: u64,
+    /// Answers to held-out examples: exact match and ROUGE-L.
+    pub held_out: Option<HeldOutSpec>,
+    /// Spider execution accuracy.
     pub spider: Option<SpiderEvalSpec>,
+    /// ConvFinQA execution accuracy, turn by turn.
+    pub convfinqa: Option<FinanceTaskSpec>,
+    /// FinQA execution accuracy.
+    pub finqa: Option<FinanceTaskSpec>,
+    /// GSM8K accuracy.
+    pub gsm8k: Option<TaskSpec>,
+    /// HumanEval pass@1.
+    pub humaneval: Option<TaskSpec>,
+    /// MBPP pass@1.
+    pub mbpp: Option<TaskSpec>,
+}
+
+impl Default for EvalSpec {
+    fn default() -> Self {
+        Self {
+            seed: 17,
+            held_out: None,
+            spider: None,
+            convfinqa: None,
+            finqa: None,
+            gsm8k: None,
+            humaneval: None,
+            mbpp: None,
+        }
+    }
+}
+
+/// A task that is one file.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct TaskSpec {
+    /// The questions: JSON array or JSON Lines, plain, `.gz` or `.zip`.
+    pub path: PathBuf,
+    /// Questions to ask, spread over the file; `None` asks all.
+    #[serde(default)]
+    pub limit: Option<usize>,
+    /// Longest answer in tokens.
+    #[serde(default = "default_reasoning_tokens")]
+    pub max_tokens: usize,
+}
+
+/// FinQA or ConvFinQA.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct FinanceTaskSpec {
+    /// The questions: JSON array or JSON Lines, plain, `.gz` or `.zip`.
+    pub path: PathBuf,
+    /// What is asked for; as in training.
+    #[serde(default)]
+    pub target: ConvFinQaTarget,
+    /// Questions to ask, spread over the file; `None` asks all.
+    #[serde(default)]
+    pub limit: Option<usize>,
+    /// Longest answer in tokens.
+    #[serde(default = "default_answer_tokens")]
+    pub max_tokens: usize,
+}
+
+/// Answers to held-out examples of the dataset.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct HeldOutSpec {
+    /// Sources to ask about, as the recipe names them; empty asks about all.
+    pub sources: Vec<String>,
+    /// Examples of each source, spread over the dataset; `None` asks all.
+    pub limit: Option<usize>,
+    /// Longest answer in tokens.
+    pub max_tokens: usize,
+}
+
+impl Default for HeldOutSpec {
+    fn default() -> Self {
+        Self { sources: Vec::new(), limit: None, max_tokens: default_answer_tokens() }
+    }
 }
 
 /// Spider execution accuracy.
@@ -530,6 +608,10 @@ pub struct SpiderEvalSpec {
 
 fn default_answer_tokens() -> usize {
     256
+}
+
+fn default_reasoning_tokens() -> usize {
+    512
 }
 
 /// How `granite serve` answers.

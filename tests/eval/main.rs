@@ -2,9 +2,12 @@
 
 #![expect(clippy::unwrap_used, reason = "a test says what failed by panicking")]
 
+mod command;
 mod merge;
 mod perplexity;
+mod sandbox;
 mod spider;
+mod tasks;
 
 use std::path::{Path, PathBuf};
 

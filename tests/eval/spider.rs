@@ -4,10 +4,14 @@ use std::path::{Path, PathBuf};
 
 use anyhow::Result;
 use granite::engine::{CausalLm, Engine, EngineOptions};
+use granite::eval::asking::{self, Speaker};
+use granite::eval::comparison::{self, TaskResults, TaskSummary};
 use granite::eval::database::QueryLimits;
-use granite::eval::tasks::spider::{
-    self, Databases, Prediction, Question, Selection, Speaker, Verdict, judge, read_questions, select,
-};
+use granite::eval::hardness::Hardness;
+use granite::eval::results::Results;
+use granite::eval::task::{Answered, Task, Verdict};
+use granite::eval::tasks::spider::{Databases, Question, Selection, Spider, judge, read_questions, select};
+use granite::recipe::SpiderEvalSpec;
 
 fn limits() -> QueryLimits {
     QueryLimits::default()
@@ -76,6 +80,24 @@ fn judging_tells_answers_apart() {
     assert_eq!(verdict("SELECT sum(people) FROM city", "SELECT 0.8 + 0.3 + 0.7"), Verdict::Correct);
 }
 
+#[test]
+fn a_prediction_must_agree_on_every_file_of_a_database() {
+    let folder = folder();
+    let path = folder.path().join("cities/variant.sqlite");
+    let variant = rusqlite::Connection::open(path).unwrap();
+    variant
+        .execute_batch("CREATE TABLE city (name TEXT, country TEXT, people REAL); INSERT INTO city VALUES ('Rome', 'Italy', 0.5);")
+        .unwrap();
+    let mut databases = Databases::new(folder.path(), limits());
+    let mut verdict =
+        |gold: &str, predicted: &str| judge(&mut databases, "cities", gold, predicted).unwrap().0;
+    let count = "SELECT count(*) FROM city";
+    assert_eq!(verdict(count, "select count(name) from city"), Verdict::Correct);
+    assert_eq!(verdict(count, "SELECT 3"), Verdict::Wrong);
+    // Right on the variant, wrong on the first.
+    assert_eq!(verdict(count, "SELECT 1"), Verdict::Wrong);
+}
+
 /// Says the same tokens whatever it is asked.
 struct Parrot(Vec<u32>);
 
@@ -83,7 +105,7 @@ impl CausalLm for Parrot {
     type Cache = usize;
 
     fn context(&self) -> usize {
-        64
+        400
     }
 
     fn vocabulary(&self) -> usize {
@@ -103,56 +125,106 @@ impl CausalLm for Parrot {
     }
 }
 
-fn asked(answer: &str, max_tokens: usize, questions: &[Question]) -> (Vec<Prediction>, spider::SpiderReport) {
-    let folder = folder();
-    let mut databases = Databases::new(folder.path(), limits());
-    let parrot = Parrot(answer.bytes().map(u32::from).collect());
-    let options = EngineOptions { queue: spider::UNDER_WAY, context: None };
-    let engine = Engine::spawn(parrot, &options).unwrap();
-    let speaker = Speaker {
-        prompt: &|question| Ok(question.question.bytes().map(u32::from).collect()),
-        decode: &|ids| Ok(ids.iter().map(|id| char::from(*id as u8)).collect()),
-        stop_token_ids: vec![0],
+const SCHEMA: &str = r#"{"table_names_original": ["city"], "column_names_original": [[-1, "*"], [0, "name"]],
+    "column_types": ["text", "text"], "primary_keys": [], "foreign_keys": []"#;
+
+/// The files of a task whose questions these are.
+fn task(folder: &Path, questions: &[Question], max_tokens: usize) -> Spider {
+    let records = questions.iter().map(|Question { db_id, question, query }| {
+        serde_json::json!({"db_id": db_id, "question": question, "query": query})
+    });
+    std::fs::write(folder.join("dev.json"), serde_json::Value::from_iter(records).to_string()).unwrap();
+    let schemas = ["cities", "nothing"].map(|name| format!("{SCHEMA}, \"db_id\": \"{name}\"}}"));
+    std::fs::write(folder.join("tables.json"), format!("[{}]", schemas.join(","))).unwrap();
+    let spec = SpiderEvalSpec {
+        path: folder.join("dev.json"),
+        tables: folder.join("tables.json"),
+        databases: folder.to_path_buf(),
+        limit: None,
         max_tokens,
     };
-    let selection = select(questions, &mut databases, None).unwrap();
-    let mut kept = Vec::new();
-    let keep = |prediction: &Prediction| {
-        kept.push(prediction.clone());
-        Ok(())
+    Spider::open(&spec, None).unwrap()
+}
+
+fn ask(task: &mut Spider, answer: &str, results: &mut Results<Answered>) {
+    let parrot = Parrot(answer.bytes().map(u32::from).collect());
+    let options = EngineOptions { queue: asking::UNDER_WAY, context: None };
+    let engine = Engine::spawn(parrot, &options).unwrap();
+    let speaker = Speaker {
+        encode: &|messages| Ok(messages[0].content.bytes().map(u32::from).collect()),
+        decode: &|ids| Ok(ids.iter().map(|id| char::from(*id as u8)).collect()),
+        stop_token_ids: vec![0],
     };
-    let predictions = spider::ask(questions, &selection, &mut databases, &engine, &speaker, keep).unwrap();
-    assert_eq!(kept, predictions);
-    let report = spider::summarize(&predictions, questions.len(), &selection);
-    (predictions, report)
+    asking::ask(task, &engine, &speaker, results).unwrap();
+}
+
+fn asked(answer: &str, max_tokens: usize, questions: &[Question]) -> (Vec<Answered>, TaskSummary) {
+    let folder = folder();
+    let mut task = task(folder.path(), questions, max_tokens);
+    let path = folder.path().join("answers.jsonl");
+    let mut results = Results::open(&path).unwrap();
+    ask(&mut task, answer, &mut results);
+    let answers = results.all().to_vec();
+    assert_eq!(Results::<Answered>::open(&path).unwrap().all(), answers);
+    let summed = TaskResults {
+        name: task.name(),
+        measures: task.measures(),
+        answers: answers.clone(),
+        left_out: task.left_out(),
+    };
+    (answers, comparison::task(&summed, 1))
 }
 
 #[test]
 fn answers_are_taken_apart_judged_and_counted() {
     let count = "SELECT count(*) FROM city";
     let mut questions: Vec<Question> = (0..20).map(|_| question("cities", count)).collect();
-    questions[3].query = "SELECT 4".to_string();
+    questions[3].query = "SELECT 4 ORDER BY 1".to_string();
     questions[4].query = "SELECT nothing FROM nowhere".to_string();
-    questions[5].question = "?".repeat(64);
+    questions[5].question = "?".repeat(400);
     questions[6].db_id = "nothing".to_string();
-    let (predictions, report) = asked("```sql\nSELECT 3;\n```", 40, &questions);
-    assert_eq!(predictions.len(), 19);
-    assert_eq!(predictions[0].predicted, "SELECT 3");
-    assert_eq!(predictions[0].verdict, Verdict::Correct);
-    assert_eq!((predictions[6].record, predictions[6].verdict), (8, Verdict::Correct));
-    assert_eq!(predictions[3].verdict, Verdict::Wrong);
-    assert_eq!(predictions[5].verdict, Verdict::NotAsked);
-    assert!(predictions[5].error.as_deref().unwrap().contains("64 tokens"));
-    assert_eq!((report.correct, report.scored, report.executable), (16, 18, 17));
-    assert_eq!((report.too_long, report.gold_failed, report.without_rows, report.cut), (1, 1, 1, 0));
-    assert_eq!(report.execution_accuracy, 16.0 / 18.0);
+    let (answers, summary) = asked("```sql\nSELECT 3;\n```", 40, &questions);
+    assert_eq!(answers.len(), 19);
+    assert_eq!((answers[0].extracted.as_str(), answers[0].verdict), ("SELECT 3", Verdict::Correct));
+    assert_eq!((answers[6].id.as_str(), answers[6].verdict), ("8", Verdict::Correct));
+    assert_eq!((answers[3].verdict, answers[3].group.as_str()), (Verdict::Wrong, "easy"));
+    assert_eq!(answers[5].verdict, Verdict::NotAsked);
+    assert!(answers[5].error.as_deref().unwrap().contains("400"));
+    assert_eq!((summary.scored, summary.cut), (18, 0));
+    let verdicts: Vec<(&str, usize)> = summary.verdicts.into_iter().collect();
+    assert_eq!(verdicts, [("correct", 16), ("gold_failed", 1), ("not_asked", 1), ("wrong", 1)]);
+    assert_eq!(summary.left_out, [("databases without rows".to_string(), 1)].into());
+    assert_eq!(summary.measures[0].score.unwrap().estimate, 16.0 / 18.0);
 }
 
 #[test]
 fn an_answer_cut_at_the_limit_is_counted() {
-    let (predictions, report) = asked("SELECT 3 and so on and on", 8, &[question("cities", "SELECT 3")]);
-    assert_eq!(predictions[0].answer, "SELECT 3");
-    assert_eq!((report.cut, report.correct), (1, 1));
+    let (answers, summary) = asked("SELECT 3 and so on and on", 8, &[question("cities", "SELECT 3")]);
+    assert_eq!(answers[0].answer, "SELECT 3");
+    assert_eq!((summary.cut, summary.verdicts["correct"]), (1, 1));
+}
+
+#[test]
+fn what_was_answered_before_is_not_asked_again() {
+    let folder = folder();
+    let questions: Vec<Question> = (1..=5).map(|n| question("cities", &format!("SELECT {n}"))).collect();
+    let mut task = task(folder.path(), &questions, 40);
+    let path = folder.path().join("answers.jsonl");
+    let mut results = Results::open(&path).unwrap();
+    ask(&mut task, "SELECT 3", &mut results);
+    let whole = std::fs::read_to_string(&path).unwrap();
+    let second = whole.match_indices('\n').nth(1).unwrap().0;
+    // Two results and the beginning of the third, as a killed process leaves them.
+    std::fs::write(&path, &whole[..second + 20]).unwrap();
+    let mut results = Results::open(&path).unwrap();
+    ask(&mut task, "SELECT 4", &mut results);
+    let verdicts: Vec<Verdict> = results.all().iter().map(|one| one.verdict).collect();
+    use Verdict::{Correct, Wrong};
+    // The first two are the first parrot's.
+    assert_eq!(verdicts, [Wrong, Wrong, Wrong, Correct, Wrong]);
+    assert!(std::fs::read_to_string(&path).unwrap().starts_with(&whole[..=second]));
+    ask(&mut task, "SELECT 5", &mut results);
+    assert_eq!(results.all().len(), 5);
 }
 
 #[test]
@@ -182,6 +254,15 @@ fn real(folder: &Path) -> (Vec<Question>, Databases, Selection) {
     let mut databases = Databases::new(&folder.join("database"), limits());
     let selection = select(&questions, &mut databases, None).unwrap();
     (questions, databases, selection)
+}
+
+#[test]
+fn hardness_is_counted_as_published() {
+    let Some(folder) = real_data() else { return };
+    let questions = read_questions(&folder.join("dev.json")).unwrap();
+    let count = |class| questions.iter().filter(|one| Hardness::of(&one.query) == class).count();
+    use Hardness::{Easy, Extra, Hard, Medium};
+    assert_eq!([Easy, Medium, Hard, Extra].map(count), [248, 446, 174, 166]);
 }
 
 #[test]

@@ -79,6 +79,15 @@ pub(in crate::data) fn conversation_of(number: u32, record: Value) -> Result<Out
     ConvFinQa { target: ConvFinQaTarget::Answer }.example(number, record)
 }
 
+/// The example of a record of either form, as training with this target says it: evaluation asks the same.
+///
+/// # Errors
+/// When the record is of neither form.
+pub(crate) fn conversation(number: u32, record: Value, target: ConvFinQaTarget) -> Result<Outcome> {
+    let record = serde_json::from_value(record).context("not a conversation of ConvFinQA")?;
+    ConvFinQa { target }.example(number, record)
+}
+
 impl Source for ConvFinQa {
     type Record = Record;
 

@@ -1,3 +1,7 @@
-//! Tasks: questions with answers that a program can check.
+//! The tasks, one file each: what is asked, and who is right.
 
+pub mod code;
+pub mod finance;
+pub mod gsm8k;
+pub mod held_out;
 pub mod spider;

@@ -1,22 +1,27 @@
 //! Spider: execution accuracy of generated SQL on the real databases (Yu et al. 2018, Zhong et al. 2020).
 //!
-//! Prediction and gold are executed, read-only, and their results compared. As in the official evaluation,
-//! `DISTINCT` is taken out of both, columns may be permuted, and the order of rows counts only where the gold
-//! query has an `ORDER BY`. Databases without a row answer every query alike and are left out, counted.
+//! Prediction and gold are executed, read-only, and their results compared. As in the official test-suite
+//! evaluation, `DISTINCT` is taken out of both, columns may be permuted, the order of rows counts only where the
+//! gold query has an `ORDER BY`, and a prediction must agree on every SQLite file of the database's folder: one in
+//! the plain release, many in the distilled suite. The gold query's values are never lent to the prediction.
+//! Databases without a row answer every query alike and are left out, counted.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Result};
-use serde::{Deserialize, Serialize};
+use serde::Deserialize;
 
+use crate::data::example::{Message, Role};
 use crate::data::reader::read_records;
-use crate::engine::{EngineHandle, FinishReason, Generation, Request, Sampling, SubmitError, TokenStream};
+use crate::data::source::spider::Schemas;
 use crate::error::{is_missing_file, user_error, with_hint};
 use crate::eval::database::{Database, QueryError, QueryLimits};
+use crate::eval::hardness::Hardness;
 use crate::eval::result_set::same_answer;
 use crate::eval::sql;
-use crate::progress;
+use crate::eval::task::{Judgement, Prompt, Question as Asked, Task, Verdict, spread};
+use crate::recipe::SpiderEvalSpec;
 
 /// A question of `dev.json`.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
@@ -58,11 +63,12 @@ pub struct Databases {
 enum Presence {
     Missing,
     Empty,
-    Usable(Database),
+    /// The files of its folder that hold rows.
+    Usable(Vec<Database>),
 }
 
 impl Databases {
-    /// A folder of `<db_id>/<db_id>.sqlite`.
+    /// A folder of `<db_id>/*.sqlite`.
     pub fn new(folder: &Path, limits: QueryLimits) -> Self {
         Self { folder: folder.to_path_buf(), limits, opened: BTreeMap::new() }
     }
@@ -76,22 +82,43 @@ impl Databases {
     }
 
     fn look(&self, db_id: &str) -> Result<Presence> {
-        let path = self.folder.join(db_id).join(format!("{db_id}.sqlite"));
-        if !path.is_file() {
+        let files = sqlite_files(&self.folder.join(db_id))?;
+        if files.is_empty() {
             return Ok(Presence::Missing);
         }
-        let database = Database::open(&path, self.limits)?;
-        let has_rows =
-            database.has_rows().with_context(|| format!("cannot read database `{}`", path.display()))?;
-        Ok(if has_rows { Presence::Usable(database) } else { Presence::Empty })
+        let mut usable = Vec::new();
+        for path in files {
+            let database = Database::open(&path, self.limits)?;
+            let has_rows =
+                database.has_rows().with_context(|| format!("cannot read database `{}`", path.display()))?;
+            usable.extend(has_rows.then_some(database));
+        }
+        Ok(if usable.is_empty() { Presence::Empty } else { Presence::Usable(usable) })
     }
 
-    fn usable(&mut self, db_id: &str) -> Result<&Database> {
+    fn usable(&mut self, db_id: &str) -> Result<&[Database]> {
         match self.find(db_id)? {
-            Presence::Usable(database) => Ok(database),
+            Presence::Usable(databases) => Ok(databases),
             Presence::Missing | Presence::Empty => anyhow::bail!("database `{db_id}` cannot be used"),
         }
     }
+}
+
+/// The SQLite files of a folder, by name; none where there is no folder.
+fn sqlite_files(folder: &Path) -> Result<Vec<PathBuf>> {
+    if !folder.is_dir() {
+        return Ok(Vec::new());
+    }
+    let in_folder = || format!("cannot read folder `{}`", folder.display());
+    let mut files = Vec::new();
+    for entry in std::fs::read_dir(folder).with_context(in_folder)? {
+        let path = entry.with_context(in_folder)?.path();
+        if path.is_file() && path.extension().is_some_and(|end| end == "sqlite") {
+            files.push(path);
+        }
+    }
+    files.sort();
+    Ok(files)
 }
 
 /// Which questions are asked, and which cannot be.
@@ -132,79 +159,6 @@ pub fn select(questions: &[Question], databases: &mut Databases, limit: Option<u
     Ok(selection)
 }
 
-fn spread(all: &[usize], limit: Option<usize>) -> Vec<usize> {
-    let count = limit.unwrap_or(all.len()).min(all.len());
-    (0..count).map(|at| all[at * all.len() / count]).collect()
-}
-
-/// How a prediction fared.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Verdict {
-    /// It gives what the gold query gives.
-    Correct,
-    /// It gives something else.
-    Wrong,
-    /// It is no query of this schema, or runs into a limit.
-    Failed,
-    /// The question did not fit the model's context.
-    NotAsked,
-    /// The gold query itself does not run: the question is left out of the score.
-    GoldFailed,
-}
-
-/// One line of `predictions.jsonl`.
-#[derive(Debug, Clone, PartialEq, Serialize)]
-pub struct Prediction {
-    /// Record of the file, counted from 1.
-    pub record: usize,
-    /// The database.
-    pub db_id: String,
-    /// The question.
-    pub question: String,
-    /// The gold query.
-    pub gold: String,
-    /// What the model said.
-    pub answer: String,
-    /// The query in it.
-    pub predicted: String,
-    /// How it fared.
-    pub verdict: Verdict,
-    /// Why, where something failed.
-    pub error: Option<String>,
-    /// Tokens of the prompt.
-    pub prompt_tokens: usize,
-    /// Tokens of the answer.
-    pub completion_tokens: usize,
-    /// The answer ended by itself, not at `max_tokens`.
-    pub finished: bool,
-}
-
-/// Execution accuracy.
-#[derive(Debug, Clone, PartialEq, Serialize)]
-pub struct SpiderReport {
-    /// `correct / scored`.
-    pub execution_accuracy: f64,
-    /// Questions whose prediction gave the gold result.
-    pub correct: usize,
-    /// Questions that count: asked, with a gold query that runs.
-    pub scored: usize,
-    /// Predictions that gave a result at all.
-    pub executable: usize,
-    /// Questions that did not fit the context; they count as not correct.
-    pub too_long: usize,
-    /// Gold queries that do not run; left out.
-    pub gold_failed: usize,
-    /// Answers that were cut at `max_tokens`.
-    pub cut: usize,
-    /// Questions of the file whose databases hold no row; left out.
-    pub without_rows: usize,
-    /// Questions of the file whose databases are not there; left out.
-    pub without_database: usize,
-    /// Usable questions that `limit` left out.
-    pub beyond_limit: usize,
-}
-
 /// Compares a predicted query with the gold one.
 ///
 /// # Errors
@@ -215,168 +169,106 @@ pub fn judge(
     gold: &str,
     predicted: &str,
 ) -> Result<(Verdict, Option<String>)> {
-    let database = databases.usable(db_id)?;
-    let run = |query: &str| database.query(&sql::without_distinct(query));
+    let ordered = sql::orders_rows(gold);
+    let (gold, predicted) = (sql::as_evaluated(gold), sql::as_evaluated(predicted));
+    let mut verdict = (Verdict::Correct, None);
+    for database in databases.usable(db_id)? {
+        verdict = compare(database, &gold, &predicted, ordered);
+        if verdict.0 != Verdict::Correct {
+            break;
+        }
+    }
+    Ok(verdict)
+}
+
+fn compare(database: &Database, gold: &str, predicted: &str, ordered: bool) -> (Verdict, Option<String>) {
     let told = |error: QueryError| Some(error.to_string());
-    Ok(match (run(gold), run(predicted)) {
+    match (database.query(gold), database.query(predicted)) {
         (Err(error), _) => (Verdict::GoldFailed, told(error)),
         (Ok(_), Err(error)) => (Verdict::Failed, told(error)),
-        (Ok(expected), Ok(found)) => {
-            let same = same_answer(&expected, &found, sql::orders_rows(gold));
-            (if same { Verdict::Correct } else { Verdict::Wrong }, None)
-        }
-    })
-}
-
-/// Sums up predictions.
-pub fn summarize(predictions: &[Prediction], questions: usize, selection: &Selection) -> SpiderReport {
-    let count = |verdict: Verdict| predictions.iter().filter(|one| one.verdict == verdict).count();
-    let (correct, gold_failed) = (count(Verdict::Correct), count(Verdict::GoldFailed));
-    let scored = predictions.len() - gold_failed;
-    let Selection { without_rows, without_database, .. } = *selection;
-    SpiderReport {
-        execution_accuracy: if scored == 0 { 0.0 } else { correct as f64 / scored as f64 },
-        correct,
-        scored,
-        executable: correct + count(Verdict::Wrong),
-        too_long: count(Verdict::NotAsked),
-        gold_failed,
-        cut: predictions.iter().filter(|one| one.verdict != Verdict::NotAsked && !one.finished).count(),
-        without_rows,
-        without_database,
-        beyond_limit: questions - without_rows - without_database - selection.asked.len(),
+        (Ok(expected), Ok(found)) if same_answer(&expected, &found, ordered) => (Verdict::Correct, None),
+        _ => (Verdict::Wrong, None),
     }
 }
 
-/// How questions become tokens and tokens become text.
-pub struct Speaker<'a> {
-    /// The prompt of a question, as `prepare` builds it.
-    pub prompt: &'a dyn Fn(&Question) -> Result<Vec<u32>>,
-    /// An answer as text, without special tokens.
-    pub decode: &'a dyn Fn(&[u32]) -> Result<String>,
-    /// Tokens that end an answer.
-    pub stop_token_ids: Vec<u32>,
-    /// Longest answer.
-    pub max_tokens: usize,
+/// The task.
+#[derive(Debug)]
+pub struct Spider {
+    questions: Vec<Question>,
+    selection: Selection,
+    databases: Databases,
+    schemas: Schemas,
+    max_tokens: usize,
 }
 
-impl std::fmt::Debug for Speaker<'_> {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Speaker").field("max_tokens", &self.max_tokens).finish_non_exhaustive()
+impl Spider {
+    /// Reads questions and schemas, and finds the databases.
+    ///
+    /// # Errors
+    /// When a file is missing or damaged, or no question can be asked.
+    pub fn open(spec: &SpiderEvalSpec, limit: Option<usize>) -> Result<Self> {
+        let schemas = Schemas::read(&spec.tables)?;
+        let questions = read_questions(&spec.path)?;
+        let mut databases = Databases::new(&spec.databases, QueryLimits::default());
+        let selection = select(&questions, &mut databases, limit.or(spec.limit))?;
+        Ok(Self { questions, selection, databases, schemas, max_tokens: spec.max_tokens })
+    }
+
+    fn asked(&self, at: usize) -> (usize, &Question) {
+        let index = self.selection.asked[at];
+        (index, &self.questions[index])
     }
 }
 
-/// A question on its way through the engine.
-struct Asked {
-    index: usize,
-    prompt_tokens: usize,
-    answer: Result<TokenStream, SubmitError>,
-}
-
-/// Asks the selected questions greedily and judges the answers; each is handed to `keep` as it comes.
-///
-/// # Errors
-/// When a prompt cannot be built, the engine fails, or `keep` does.
-pub fn ask(
-    questions: &[Question],
-    selection: &Selection,
-    databases: &mut Databases,
-    engine: &EngineHandle,
-    speaker: &Speaker<'_>,
-    mut keep: impl FnMut(&Prediction) -> Result<()>,
-) -> Result<Vec<Prediction>> {
-    let bar = progress::bar(selection.asked.len() as u64, "spider", "questions");
-    let mut predictions = Vec::with_capacity(selection.asked.len());
-    let mut under_way = VecDeque::new();
-    let mut left = selection.asked.iter().copied();
-    loop {
-        // As many as the engine takes: it need not wait for a prompt while there is one.
-        while under_way.len() < UNDER_WAY
-            && let Some(index) = left.next()
-        {
-            under_way.push_back(submit(index, &questions[index], engine, speaker)?);
-        }
-        let Some(asked) = under_way.pop_front() else { break };
-        let question = &questions[asked.index];
-        let prediction = conclude(asked, question, databases, speaker)
-            .with_context(|| format!("question {}: `{}`", predictions.len() + 1, question.question))?;
-        keep(&prediction)?;
-        predictions.push(prediction);
-        let correct = predictions.iter().filter(|one| one.verdict == Verdict::Correct).count();
-        bar.set_message(format!("{correct} correct"));
-        bar.inc(1);
+impl Task for Spider {
+    fn name(&self) -> &'static str {
+        "spider"
     }
-    bar.finish_and_clear();
-    Ok(predictions)
-}
 
-/// Questions in the engine at once; its queue must hold as many.
-pub const UNDER_WAY: usize = 8;
-
-fn submit(index: usize, question: &Question, engine: &EngineHandle, speaker: &Speaker<'_>) -> Result<Asked> {
-    let prompt = (speaker.prompt)(question)
-        .with_context(|| format!("cannot build the prompt of record {}", index + 1))?;
-    let request = Request {
-        prompt,
-        max_tokens: speaker.max_tokens,
-        sampling: Sampling::GREEDY,
-        stop_token_ids: speaker.stop_token_ids.clone(),
-    };
-    let prompt_tokens = request.prompt.len();
-    match engine.submit(request) {
-        Err(error @ (SubmitError::Stopped | SubmitError::Overloaded { .. } | SubmitError::Invalid(_))) => {
-            Err(error).with_context(|| format!("cannot ask the question of record {}", index + 1))
-        }
-        answer => Ok(Asked { index, prompt_tokens, answer }),
+    fn measures(&self) -> &'static [&'static str] {
+        &["execution_accuracy"]
     }
-}
 
-fn conclude(
-    asked: Asked,
-    question: &Question,
-    databases: &mut Databases,
-    speaker: &Speaker<'_>,
-) -> Result<Prediction> {
-    let Asked { index, prompt_tokens, answer } = asked;
-    let mut prediction = Prediction {
-        record: index + 1,
-        db_id: question.db_id.clone(),
-        question: question.question.clone(),
-        gold: question.query.clone(),
-        answer: String::new(),
-        predicted: String::new(),
-        verdict: Verdict::NotAsked,
-        error: None,
-        prompt_tokens,
-        completion_tokens: 0,
-        finished: false,
-    };
-    match answer {
-        Err(error) => prediction.error = Some(error.to_string()),
-        Ok(stream) => {
-            let generation: Generation = stream.wait()?;
-            prediction.answer = (speaker.decode)(&generation.ids())?;
-            prediction.predicted = sql::extract(&prediction.answer);
-            prediction.completion_tokens = generation.finished.usage.completion_tokens;
-            prediction.finished = generation.finished.reason == FinishReason::Stop;
-            (prediction.verdict, prediction.error) =
-                judge(databases, &question.db_id, &question.query, &prediction.predicted)?;
-        }
+    fn len(&self) -> usize {
+        self.selection.asked.len()
     }
-    Ok(prediction)
-}
 
-#[cfg(test)]
-mod tests {
-    use super::*;
+    fn max_tokens(&self) -> usize {
+        self.max_tokens
+    }
 
-    #[test]
-    fn a_limit_spreads_over_the_file() {
-        let all: Vec<usize> = (0..10).map(|at| at * 2).collect();
-        assert_eq!(spread(&all, Some(3)), [0, 6, 12]);
-        assert_eq!(spread(&all, Some(10)), all);
-        assert_eq!(spread(&all, Some(99)), all);
-        assert_eq!(spread(&all, None), all);
-        assert_eq!(spread(&all, Some(0)), Vec::<usize>::new());
+    fn question(&self, at: usize) -> Result<Asked> {
+        let (index, Question { db_id, question, query }) = self.asked(at);
+        let prompt = self.schemas.prompt(db_id, question)?;
+        Ok(Asked {
+            id: (index + 1).to_string(),
+            group: Hardness::of(query).to_string(),
+            prompt: Prompt::Chat(vec![Message::new(Role::User, prompt)]),
+            text: format!("{db_id}: {question}"),
+            reference: query.clone(),
+        })
+    }
+
+    fn judge(&mut self, at: usize, answer: &str) -> Result<Judgement> {
+        let extracted = sql::extract(answer);
+        let index = self.selection.asked[at];
+        let Question { db_id, query, .. } = &self.questions[index];
+        let (verdict, error) = judge(&mut self.databases, db_id, query, &extracted)?;
+        let scores = vec![f64::from(u8::from(verdict == Verdict::Correct))];
+        Ok(Judgement { extracted, verdict, error, scores })
+    }
+
+    fn left_out(&self) -> BTreeMap<String, usize> {
+        let Selection { asked, without_rows, without_database } = &self.selection;
+        let beyond = self.questions.len() - asked.len() - without_rows - without_database;
+        [
+            ("databases without rows", *without_rows),
+            ("databases that are not there", *without_database),
+            ("beyond the limit", beyond),
+        ]
+        .into_iter()
+        .filter(|(_, count)| *count > 0)
+        .map(|(reason, count)| (reason.to_string(), count))
+        .collect()
     }
 }
