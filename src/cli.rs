@@ -235,9 +235,13 @@ pub struct EvalArgs {
     #[command(flatten)]
     pub recipe: RecipeArgs,
 
-    /// What to measure: `base`, `adapter`, `merged`, or a folder; several are put side by side.
-    #[arg(long, value_name = "WHAT", default_value = "adapter")]
+    /// What to measure: `base`, `adapter`, `merged`, or a folder; several are put side by side. Without this and `--answers`: `adapter`.
+    #[arg(long, value_name = "WHAT")]
     pub model: Vec<String>,
+
+    /// Judge answers that are written already, by any system: `<task>.jsonl` in this folder, each line with `id` and `answer`.
+    #[arg(long, value_name = "FOLDER")]
+    pub answers: Vec<PathBuf>,
 
     /// Ask at most so many questions of a task.
     #[arg(long, value_name = "N")]

@@ -21,6 +21,7 @@ use crate::engine::{Engine, EngineHandle, EngineOptions};
 use crate::error::user_error;
 use crate::eval::asking::{self, Speaker};
 use crate::eval::comparison::{self, Measured, TaskResults};
+use crate::eval::given::GivenAnswers;
 use crate::eval::identity::Identity;
 use crate::eval::report::{self, FORMAT_VERSION, ModelReport, Report, Shown};
 use crate::eval::results::Results;
@@ -39,6 +40,8 @@ use crate::progress::note;
 use crate::recipe::{EvalSpec, Recipe};
 
 const PROGRAM: &str = concat!("granite ", env!("CARGO_PKG_VERSION"));
+/// What is measured where nothing is named.
+const ADAPTER: &str = "adapter";
 const LOSSES: &str = "losses.jsonl";
 /// Hex digits of a hash that are shown.
 const SHORT: usize = 12;
@@ -49,35 +52,33 @@ const SHORT: usize = 12;
 /// When a model, the dataset or a task's files are missing or damaged, the folder holds results of something else,
 /// or a file cannot be written.
 pub fn run(args: &EvalArgs) -> Result<()> {
-    let recipe = Recipe::load(&args.recipe.recipe, &args.recipe.overrides)?;
+    let mut recipe = Recipe::load(&args.recipe.recipe, &args.recipe.overrides)?;
     let device = device::open(args.device)?;
     let run_folder = RunFolder::of(&recipe, None);
-    let models = models_of(&args.model, run_folder.path())?;
-    let out = args.out.clone().unwrap_or_else(|| destination(&models, run_folder.path()));
-
-    let dataset = Dataset::open(&recipe.data.dataset)?;
-    let rows = dataset.rows(Split::Validation)?;
-    if rows.is_empty() {
-        note("note: the dataset holds no row out: set `data.validation_fraction` to measure losses");
+    let subjects = subjects_of(args, run_folder.path())?;
+    let with_models = subjects.iter().any(|one| matches!(one.subject, Subject::Model(_)));
+    if !with_models {
+        recipe.eval = only_answered(recipe.eval, &args.answers);
     }
+    let out = args.out.clone().unwrap_or_else(|| destination(&subjects, run_folder.path()));
+
+    let with_dataset = with_models || recipe.eval.held_out.is_some();
+    let held_out = if with_dataset { Some(HeldOutRows::open(&recipe)?) } else { None };
     let mut identity = Identity::open(&out)?;
     if !identity.is_new() {
         note(format!("going on with what is in {}", out.display()));
     }
-    identity.claim(&choices(args, &recipe, &models)?)?;
-    let mut evaluation = Evaluation {
-        recipe: &recipe,
-        run_folder: run_folder.path(),
-        device,
-        tasks: Vec::new(),
-        dataset,
-        rows,
-    };
+    identity.claim(&choices(args, &recipe, &subjects, with_dataset)?)?;
+    let mut evaluation =
+        Evaluation { recipe: &recipe, run_folder: run_folder.path(), device, tasks: Vec::new(), held_out };
     evaluation.tasks = evaluation.open_tasks(args.limit)?;
 
     let (mut measured, mut reports) = (Vec::new(), Vec::new());
-    for model in &models {
-        let (results, report) = evaluation.measure(model, &out, &mut identity)?;
+    for Named { name, subject } in &subjects {
+        let (results, report) = match subject {
+            Subject::Model(choice) => evaluation.measure(name, choice, &out, &mut identity)?,
+            Subject::Answers(folder) => evaluation.judge(name, folder, &out, &mut identity)?,
+        };
         tell(&report);
         measured.push(results);
         reports.push(report);
@@ -93,57 +94,110 @@ pub fn run(args: &EvalArgs) -> Result<()> {
     Ok(())
 }
 
-/// A model that was asked for.
+/// What is measured, by name.
 #[derive(Debug)]
 struct Named {
     /// Its name in reports, and of the folder of its results.
     name: String,
-    choice: ModelChoice,
+    subject: Subject,
 }
 
-/// The models by name; `adapter` is pinned to the newest checkpoint of this moment.
-fn models_of(asked: &[String], run_folder: &Path) -> Result<Vec<Named>> {
-    let mut models: Vec<Named> = Vec::new();
-    for text in asked {
-        let choice: ModelChoice = text.parse().unwrap_or_else(|never| match never {});
-        let choice = match choice {
-            ModelChoice::Adapter(None) => ModelChoice::Adapter(Some(open::newest_checkpoint(run_folder)?)),
-            other => other,
-        };
-        let name = match &choice {
-            ModelChoice::Folder(folder) => folder
-                .file_name()
-                .map_or_else(|| "folder".to_string(), |name| name.to_string_lossy().into_owned()),
-            _ => text.clone(),
-        };
-        if models.iter().any(|model| model.name == name) {
+#[derive(Debug)]
+enum Subject {
+    Model(ModelChoice),
+    /// A folder of answers that are written already.
+    Answers(PathBuf),
+}
+
+/// Models and answers by name; `adapter` is pinned to the newest checkpoint of this moment.
+fn subjects_of(args: &EvalArgs, run_folder: &Path) -> Result<Vec<Named>> {
+    let default = [ADAPTER.to_string()];
+    let asked = if args.model.is_empty() && args.answers.is_empty() { &default[..] } else { &args.model };
+    let mut subjects: Vec<Named> = Vec::new();
+    let models = asked.iter().map(|text| model_of(text, run_folder));
+    let answers = args.answers.iter().map(|folder| {
+        Ok(Named { name: last_part(folder, "answers"), subject: Subject::Answers(folder.clone()) })
+    });
+    for subject in models.chain(answers) {
+        let subject = subject?;
+        if subjects.iter().any(|other| other.name == subject.name) {
             return Err(user_error(
-                format!("two models are called `{name}`"),
+                format!("two models are called `{}`", subject.name),
                 "name each model once; folders are called by their last part",
             ));
         }
-        models.push(Named { name, choice });
+        subjects.push(subject);
     }
-    Ok(models)
+    Ok(subjects)
+}
+
+fn model_of(text: &str, run_folder: &Path) -> Result<Named> {
+    let choice: ModelChoice = text.parse().unwrap_or_else(|never| match never {});
+    let choice = match choice {
+        ModelChoice::Adapter(None) => ModelChoice::Adapter(Some(open::newest_checkpoint(run_folder)?)),
+        other => other,
+    };
+    let name = match &choice {
+        ModelChoice::Folder(folder) => last_part(folder, "folder"),
+        _ => text.to_string(),
+    };
+    Ok(Named { name, subject: Subject::Model(choice) })
+}
+
+fn last_part(folder: &Path, otherwise: &str) -> String {
+    folder.file_name().map_or_else(|| otherwise.to_string(), |name| name.to_string_lossy().into_owned())
 }
 
 /// `eval-<models>` in the run's folder.
-fn destination(models: &[Named], run_folder: &Path) -> PathBuf {
-    let names: Vec<&str> = models.iter().map(|model| model.name.as_str()).collect();
-    run_folder.join(format!("eval-{}", names.join("-")))
+fn destination(subjects: &[Named], run_folder: &Path) -> PathBuf {
+    run_folder.join(format!("eval-{}", names(subjects).join("-")))
+}
+
+fn names(subjects: &[Named]) -> Vec<&str> {
+    subjects.iter().map(|one| one.name.as_str()).collect()
+}
+
+/// The recipe's tasks that one of the folders answers: without a model, the others' files need not be there.
+fn only_answered(eval: EvalSpec, folders: &[PathBuf]) -> EvalSpec {
+    let EvalSpec { seed, held_out, spider, convfinqa, finqa, gsm8k, humaneval, mbpp } = eval;
+    EvalSpec {
+        seed,
+        held_out: answered(held_out, "held_out", folders),
+        spider: answered(spider, "spider", folders),
+        convfinqa: answered(convfinqa, "convfinqa", folders),
+        finqa: answered(finqa, "finqa", folders),
+        gsm8k: answered(gsm8k, "gsm8k", folders),
+        humaneval: answered(humaneval, "humaneval", folders),
+        mbpp: answered(mbpp, "mbpp", folders),
+    }
+}
+
+fn answered<T>(spec: Option<T>, task: &str, folders: &[PathBuf]) -> Option<T> {
+    spec.filter(|_| folders.iter().any(|folder| answers_to(folder, task).exists()))
+}
+
+/// Answers that are written already, in the form of our own results.
+fn answers_to(folder: &Path, task: &str) -> PathBuf {
+    folder.join(format!("{task}.jsonl"))
 }
 
 /// What decides the numbers, whatever the model.
-fn choices(args: &EvalArgs, recipe: &Recipe, models: &[Named]) -> Result<Vec<(String, String)>> {
-    let names: Vec<&str> = models.iter().map(|model| model.name.as_str()).collect();
-    let rows = hash_of(&recipe.data.dataset.join("validation.parquet"))?;
+fn choices(
+    args: &EvalArgs,
+    recipe: &Recipe,
+    subjects: &[Named],
+    with_dataset: bool,
+) -> Result<Vec<(String, String)>> {
     let mut choices = vec![
         ("program".to_string(), PROGRAM.to_string()),
-        ("list of models".to_string(), names.join(", ")),
-        ("dataset".to_string(), format!("{} (SHA-256 {rows})", recipe.data.dataset.display())),
+        ("list of models".to_string(), names(subjects).join(", ")),
         ("limit".to_string(), args.limit.map_or("none".to_string(), |limit| limit.to_string())),
         ("template".to_string(), serde_json::to_string(&recipe.data.template)?),
     ];
+    if with_dataset {
+        let rows = hash_of(&recipe.data.dataset.join("validation.parquet"))?;
+        choices.push(("dataset".to_string(), format!("{} (SHA-256 {rows})", recipe.data.dataset.display())));
+    }
     let EvalSpec { seed: _, held_out, spider, convfinqa, finqa, gsm8k, humaneval, mbpp } = &recipe.eval;
     if let Some(spec) = held_out {
         choices.push(("eval.held_out".to_string(), serde_json::to_string(spec)?));
@@ -175,13 +229,30 @@ fn short(hash: &str) -> &str {
     hash.get(..SHORT).unwrap_or(hash)
 }
 
+/// A dataset's rows that no training saw.
+struct HeldOutRows {
+    dataset: Dataset,
+    rows: Vec<PackedRow>,
+}
+
+impl HeldOutRows {
+    fn open(recipe: &Recipe) -> Result<Self> {
+        let dataset = Dataset::open(&recipe.data.dataset)?;
+        let rows = dataset.rows(Split::Validation)?;
+        if rows.is_empty() {
+            note("note: the dataset holds no row out: set `data.validation_fraction` to measure losses");
+        }
+        Ok(Self { dataset, rows })
+    }
+}
+
 /// What is the same for all models.
 struct Evaluation<'a> {
     recipe: &'a Recipe,
     run_folder: &'a Path,
     device: Device,
-    dataset: Dataset,
-    rows: Vec<PackedRow>,
+    /// Absent where given answers alone are judged, and none of them is to held-out rows.
+    held_out: Option<HeldOutRows>,
     tasks: Vec<Box<dyn Task>>,
 }
 
@@ -194,8 +265,9 @@ impl Evaluation<'_> {
         if let Some(spec) = held_out {
             let (files, _) = open_tokenizer(&self.recipe.model.base)?;
             let tokenizer = ChatTokenizer::new(&files, &self.recipe.data.template)?;
-            self.dataset.check_tokenizer(&tokenizer)?;
-            tasks.push(Box::new(HeldOut::open(spec, limit, &self.dataset, &tokenizer)?));
+            let HeldOutRows { dataset, .. } = self.held_out()?;
+            dataset.check_tokenizer(&tokenizer)?;
+            tasks.push(Box::new(HeldOut::open(spec, limit, dataset, &tokenizer)?));
         }
         if let Some(spec) = spider {
             tasks.push(Box::new(Spider::open(spec, limit)?));
@@ -221,38 +293,85 @@ impl Evaluation<'_> {
         Ok(tasks)
     }
 
+    fn held_out(&self) -> Result<&HeldOutRows> {
+        self.held_out.as_ref().context("the dataset was not opened")
+    }
+
+    fn source_names(&self) -> Vec<&str> {
+        self.held_out.as_ref().map(|rows| rows.dataset.source_names()).unwrap_or_default()
+    }
+
     /// Measures a model, or what of it is not measured yet.
     fn measure(
         &mut self,
-        model: &Named,
+        name: &str,
+        choice: &ModelChoice,
         out: &Path,
         identity: &mut Identity,
     ) -> Result<(Measured, ModelReport)> {
-        let Named { name, choice } = model;
         let OpenModel { decoder, base, label } =
             open::open(self.recipe, choice, self.run_folder, self.device)?;
         let tokenizer = ChatTokenizer::new(&base.tokenizer, &self.recipe.data.template)?;
-        self.dataset.check_tokenizer(&tokenizer)?;
+        let HeldOutRows { dataset, rows } = self.held_out()?;
+        dataset.check_tokenizer(&tokenizer)?;
         identity
             .claim(&[(format!("model `{name}`"), content_of(choice, &label, &base.hash, &tokenizer)?)])?;
-        let folder = out.join(name);
-        std::fs::create_dir_all(&folder)
-            .with_context(|| format!("cannot create folder `{}`", folder.display()))?;
+        let folder = results_of(out, name)?;
 
         let mut losses = Results::<RowLosses>::open(&folder.join(LOSSES))?;
-        row_losses::measure(&decoder, &self.rows, &mut losses)?;
+        row_losses::measure(&decoder, rows, &mut losses)?;
         let tasks = self.ask(decoder, &tokenizer, &folder)?;
-        let measured = Measured { name: name.clone(), losses: losses.all().to_vec(), tasks };
+        let measured = Measured { name: name.to_string(), losses: losses.all().to_vec(), tasks };
+        let report = self.model_report(&measured, label, &base.path, Some(base.hash.clone()));
+        Ok((measured, report))
+    }
+
+    fn model_report(
+        &self,
+        measured: &Measured,
+        label: String,
+        path: &Path,
+        base_hash: Option<String>,
+    ) -> ModelReport {
         let seed = self.recipe.eval.seed;
-        let report = ModelReport {
-            name: name.clone(),
+        ModelReport {
+            name: measured.name.clone(),
             label,
-            path: base.path.display().to_string(),
-            base_hash: base.hash.clone(),
-            results: name.clone(),
-            losses: comparison::losses(&measured.losses, &self.dataset.source_names(), seed),
+            path: path.display().to_string(),
+            base_hash,
+            results: measured.name.clone(),
+            losses: comparison::losses(&measured.losses, &self.source_names(), seed),
             tasks: measured.tasks.iter().map(|task| comparison::task(task, seed)).collect(),
-        };
+        }
+    }
+
+    /// Judges a folder of answers, or what of it is not judged yet.
+    fn judge(
+        &mut self,
+        name: &str,
+        given: &Path,
+        out: &Path,
+        identity: &mut Identity,
+    ) -> Result<(Measured, ModelReport)> {
+        let answered = |task: &&mut Box<dyn Task>| answers_to(given, task.name()).exists();
+        let mut answered: Vec<&mut Box<dyn Task>> = self.tasks.iter_mut().filter(answered).collect();
+        if answered.is_empty() {
+            return Err(no_answers(given));
+        }
+        // All are read before anything is claimed: what is mended after an error is no other evaluation.
+        let (mut files, mut hashes) = (Vec::new(), Vec::new());
+        for task in &answered {
+            let path = answers_to(given, task.name());
+            files.push(GivenAnswers::read(&path, task.as_ref())?);
+            hashes.push(format!("{} {}", task.name(), hash_of(&path)?));
+        }
+        identity.claim(&[(format!("answers `{name}`"), format!("SHA-256 of {}", hashes.join(", ")))])?;
+        let folder = results_of(out, name)?;
+        let both = answered.iter_mut().zip(&files);
+        let tasks = both.map(|(task, file)| judge_one(task.as_mut(), file, &folder));
+        let tasks = tasks.collect::<Result<Vec<TaskResults>>>()?;
+        let measured = Measured { name: name.to_string(), losses: Vec::new(), tasks };
+        let report = self.model_report(&measured, "given answers".to_string(), given, None);
         Ok((measured, report))
     }
 
@@ -280,14 +399,29 @@ impl Evaluation<'_> {
             format_version: FORMAT_VERSION,
             program: PROGRAM.to_string(),
             recipe: self.recipe.name.clone(),
-            dataset: self.recipe.data.dataset.display().to_string(),
+            dataset: self.held_out.as_ref().map(|_| self.recipe.data.dataset.display().to_string()),
             seed,
             resamples: RESAMPLES,
             confidence: CONFIDENCE,
             models,
-            comparisons: comparison::compare(measured, &self.dataset.source_names(), seed),
+            comparisons: comparison::compare(measured, &self.source_names(), seed),
         }
     }
+}
+
+/// The folder of a model's results, made where it is missing.
+fn results_of(out: &Path, name: &str) -> Result<PathBuf> {
+    let folder = out.join(name);
+    std::fs::create_dir_all(&folder)
+        .with_context(|| format!("cannot create folder `{}`", folder.display()))?;
+    Ok(folder)
+}
+
+fn no_answers(folder: &Path) -> anyhow::Error {
+    user_error(
+        format!("`{}` holds no answers to any task of the recipe", folder.display()),
+        "write `TASK.jsonl` with `id` and `answer` a line, where the recipe has a part `eval.TASK`",
+    )
 }
 
 fn sandbox() -> Result<Sandbox> {
@@ -328,22 +462,34 @@ fn ask_one(
         task.name(),
         results.all().len()
     ));
-    Ok(TaskResults {
+    Ok(summed_up(task, &results))
+}
+
+fn judge_one(task: &mut dyn Task, given: &GivenAnswers, folder: &Path) -> Result<TaskResults> {
+    let mut results = Results::<Answered>::open(&folder.join(format!("{}.jsonl", task.name())))?;
+    given.judge(task, &mut results)?;
+    Ok(summed_up(task, &results))
+}
+
+fn summed_up(task: &dyn Task, results: &Results<Answered>) -> TaskResults {
+    TaskResults {
         name: task.name(),
         measures: task.measures(),
         answers: results.all().to_vec(),
         left_out: task.left_out(),
-    })
+    }
 }
 
-/// The answers to each task, model by model.
+/// The answers to each task, model by model; a task that not all answered as well.
 fn shown(measured: &[Measured]) -> Vec<Shown<'_>> {
-    let tasks = measured.first().map_or(&[][..], |model| &model.tasks);
-    let shown = |task: &TaskResults| Shown {
-        task: task.name,
-        answers: measured.iter().map(|model| answers_of(model, task.name)).collect(),
-    };
-    tasks.iter().map(shown).collect()
+    let mut tasks: Vec<&str> = Vec::new();
+    for task in measured.iter().flat_map(|model| &model.tasks) {
+        if !tasks.contains(&task.name) {
+            tasks.push(task.name);
+        }
+    }
+    let answers = |task: &str| measured.iter().map(|model| answers_of(model, task)).collect();
+    tasks.into_iter().map(|task| Shown { task, answers: answers(task) }).collect()
 }
 
 fn answers_of<'a>(model: &'a Measured, task: &str) -> &'a [Answered] {

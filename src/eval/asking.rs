@@ -72,7 +72,7 @@ pub fn ask(
 }
 
 /// Results lie in the order of the questions, so that the next one is known by their number.
-fn check_order(task: &dyn Task, results: &[Answered]) -> Result<()> {
+pub(super) fn check_order(task: &dyn Task, results: &[Answered]) -> Result<()> {
     if results.len() > task.len() {
         bail!("there are {} results of {}, which asks {} questions", results.len(), task.name(), task.len());
     }

@@ -122,6 +122,9 @@ impl Database {
             return Err(QueryError::NotReading(sql.to_string()));
         }
         let columns = statement.column_count();
+        if columns == 0 {
+            return Err(QueryError::Failed("there is no query".to_string()));
+        }
         let mut rows = statement.query([]).map_err(told)?;
         let mut read = Vec::new();
         while let Some(row) = rows.next().map_err(told)? {
@@ -268,6 +271,8 @@ mod tests {
             "SELECT ?",
             "SELECT a FROM",
             "",
+            " ; ",
+            "-- SELECT a FROM t",
             "SELECT zeroblob(900000000)",
         ] {
             assert!(

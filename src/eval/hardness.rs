@@ -124,7 +124,8 @@ impl Counts {
     }
 }
 
-/// The clauses of the outermost query, up to an `INTERSECT`, `UNION` or `EXCEPT`; whether there is one.
+/// The clauses of the outermost query, up to an `INTERSECT`, `UNION` or `EXCEPT`, or to the end of the statement; whether
+/// it is combined with another by one of these.
 fn outermost(sql: &str) -> (Parts, bool) {
     let (mut parts, mut depth): (Parts, usize) = (Vec::new(), 0);
     let tokens = tokens(sql);
@@ -140,6 +141,7 @@ fn outermost(sql: &str) -> (Parts, bool) {
             "(" => depth += 1,
             ")" => depth = depth.saturating_sub(1),
             "intersect" | "union" | "except" if depth == 0 => return (parts, true),
+            ";" if depth == 0 => return (parts, false),
             _ => {}
         }
         if depth == 0
@@ -194,6 +196,8 @@ mod tests {
             ("SELECT a, b FROM t WHERE c = 1", Hardness::Medium),
             ("SELECT a FROM t JOIN u ON t.x = u.x WHERE b = 1", Hardness::Medium),
             ("SELECT a FROM t WHERE b BETWEEN 1 AND 2", Hardness::Easy),
+            ("SELECT a FROM t; SELECT a, b FROM u WHERE c = 1", Hardness::Easy),
+            ("SELECT a FROM t WHERE b = ';' LIMIT 1;", Hardness::Medium),
             ("SELECT a, b FROM t WHERE c = 1 AND d = 2 ORDER BY a", Hardness::Extra),
             ("SELECT a, b FROM t GROUP BY a ORDER BY count(*) LIMIT 1", Hardness::Hard),
             ("SELECT a FROM t WHERE b IN (SELECT c FROM u WHERE d = 1)", Hardness::Hard),

@@ -5,6 +5,7 @@ pub mod comparison;
 pub mod database;
 pub mod fence;
 pub mod finance_program;
+pub mod given;
 pub mod hardness;
 pub mod identity;
 pub mod number;

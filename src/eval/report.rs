@@ -30,8 +30,8 @@ pub struct Report {
     pub program: String,
     /// Name of the recipe.
     pub recipe: String,
-    /// The dataset whose validation rows were measured.
-    pub dataset: String,
+    /// The dataset whose validation rows were measured; absent where only answers were judged.
+    pub dataset: Option<String>,
     /// Chooses the resamples.
     pub seed: u64,
     /// Resamples of an interval.
@@ -47,14 +47,14 @@ pub struct Report {
 /// What was measured of a model.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct ModelReport {
-    /// As it was asked for: `base`, `adapter`, `merged`, or a folder.
+    /// As it was asked for: `base`, `adapter`, `merged`, or a folder of weights or of answers.
     pub name: String,
-    /// How it calls itself: `adapter step-000500`.
+    /// How it calls itself: `adapter step-000500`; `given answers` where it is known by its answers alone.
     pub label: String,
-    /// Where its base weights were read.
+    /// Where its base weights, or its answers, were read.
     pub path: String,
-    /// Names the content of the base weights.
-    pub base_hash: String,
+    /// Names the content of the base weights; absent where there are none.
+    pub base_hash: Option<String>,
     /// The folder of its results, one JSON object a line, below the report's.
     pub results: String,
     /// Losses; absent when no row is held out.
@@ -351,15 +351,16 @@ fn method(report: &Report) -> String {
             escape(&model.results)
         );
     }
+    let dataset = report.dataset.iter().map(|path| format!("dataset <code>{}</code>, ", escape(path)));
+    let dataset: String = dataset.collect();
     format!(
         "<p><small>Intervals hold the middle {:.0} % of {} resamples of the examples (seed {}); where all scores are 0 \
          or all are 1 they are the exact bounds of Clopper and Pearson. p is the chance of a difference as large when \
-         there is none; several of them on one page are not corrected for their number. Answers are greedy.\
-         {models}<br>dataset <code>{}</code>, {}</small></p>\n",
+         there is none; several of them on one page are not corrected for their number. Answers of models are greedy.\
+         {models}<br>{dataset}{}</small></p>\n",
         100.0 * report.confidence,
         report.resamples,
         report.seed,
-        escape(&report.dataset),
         escape(&report.program)
     )
 }
@@ -394,7 +395,7 @@ mod tests {
             name: bad.to_string(),
             label: bad.to_string(),
             path: bad.to_string(),
-            base_hash: String::new(),
+            base_hash: None,
             results: bad.to_string(),
             losses: None,
             tasks: Vec::new(),
@@ -403,7 +404,7 @@ mod tests {
             format_version: FORMAT_VERSION,
             program: "granite".to_string(),
             recipe: bad.to_string(),
-            dataset: bad.to_string(),
+            dataset: Some(bad.to_string()),
             seed: 1,
             resamples: 1,
             confidence: 0.95,

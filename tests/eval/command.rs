@@ -53,6 +53,16 @@ max_tokens = 4
 
 impl Place {
     fn new() -> Self {
+        let place = Self::bare();
+        for command in ["prepare", "train"] {
+            let done = place.granite(&[command]);
+            assert!(done.status.success(), "{}", told(&done));
+        }
+        place
+    }
+
+    /// Without dataset or run.
+    fn bare() -> Self {
         let place = Self(tempfile::tempdir().unwrap());
         let sample = Path::new(env!("CARGO_MANIFEST_DIR")).join("datasets/sample");
         let recipe = RECIPE
@@ -64,11 +74,17 @@ impl Place {
             "canonical_solution": "    return 1\n", "test": "def check(f):\n    assert f() == 1\n",
         });
         fs::write(place.path("humaneval.jsonl"), format!("{problem}\n")).unwrap();
-        for command in ["prepare", "train"] {
-            let done = place.granite(&[command]);
-            assert!(done.status.success(), "{}", told(&done));
-        }
         place
+    }
+
+    /// A folder of answers to Spider's questions, in the order of the file.
+    fn answer(&self, name: &str, answers: &[String]) {
+        fs::create_dir_all(self.path(name)).unwrap();
+        let lines = answers
+            .iter()
+            .enumerate()
+            .map(|(at, answer)| serde_json::json!({"id": at + 1, "answer": answer}).to_string() + "\n");
+        fs::write(self.path(name).join("spider.jsonl"), lines.collect::<String>()).unwrap();
     }
 
     fn path(&self, name: &str) -> PathBuf {
@@ -184,4 +200,95 @@ fn a_model_is_named_once() {
     let text = place.refused(&["--model", "base", "--model", "base"]);
     assert!(text.contains("two models are called `base`"), "{text}");
     assert!(!place.path("checkpoints/runs/r/eval-base-base").exists());
+}
+
+/// The gold queries of the sample.
+fn gold() -> Vec<String> {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("datasets/sample/spider/dev.json");
+    let questions: Vec<Value> = serde_json::from_slice(&fs::read(path).unwrap()).unwrap();
+    questions.iter().map(|one| one["query"].as_str().unwrap().to_string()).collect()
+}
+
+#[test]
+fn given_answers_are_judged_without_a_model() {
+    let place = Place::bare();
+    let gold = gold();
+    place.answer("theirs", &gold);
+    let mut worse: Vec<String> = gold.iter().map(|query| format!("```sql\n{query}\n```")).collect();
+    worse[1] = String::new();
+    worse[2] = "SELECT nothing FROM nowhere".to_string();
+    worse.push("SELECT 'to no question'".to_string());
+    place.answer("worse", &worse);
+    let arguments = ["eval", "--answers", "theirs", "--answers", "worse", "--out", "e"];
+    let output = place.granite(&[&arguments[..], &["--json"]].concat());
+    assert!(output.status.success(), "{}", told(&output));
+    assert!(
+        told(&output).contains("note: 1 answers in worse/spider.jsonl are to questions that are not asked")
+    );
+    let report: Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert!(report["dataset"].is_null(), "no dataset was prepared");
+    let scores: Vec<f64> = report["models"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|model| {
+            assert_eq!((model["label"].as_str(), &model["losses"]), (Some("given answers"), &Value::Null));
+            // HumanEval is in the recipe, and in no folder.
+            assert_eq!(model["tasks"].as_array().unwrap().len(), 1);
+            model["tasks"][0]["measures"][0]["score"]["estimate"].as_f64().unwrap()
+        })
+        .collect();
+    let count = gold.len() as f64;
+    assert_eq!(scores, [1.0, (count - 2.0) / count]);
+    let comparison = &report["comparisons"][0];
+    assert_eq!((comparison["second"].as_str(), comparison["smaller"].as_u64()), (Some("worse"), Some(2)));
+
+    // A half-judged folder is gone on with; its own results are answers, too.
+    let results = place.path("e/worse/spider.jsonl");
+    let whole = fs::read(&results).unwrap();
+    fs::write(&results, &whole[..whole.len() / 2]).unwrap();
+    assert!(place.granite(&arguments).status.success());
+    assert_eq!(fs::read(&results).unwrap(), whole);
+    let output = place.granite(&["eval", "--answers", "e/worse", "--out", "again"]);
+    assert!(output.status.success(), "{}", told(&output));
+    assert_eq!(fs::read(place.path("again/worse/spider.jsonl")).unwrap(), whole);
+
+    // Other answers are not put among the judged ones.
+    worse[0] = String::new();
+    place.answer("worse", &worse);
+    let text = place.refused(&arguments[1..]);
+    assert!(text.contains("whose answers `worse` is `SHA-256 of spider "), "{text}");
+}
+
+#[test]
+fn given_answers_must_be_complete_and_readable() {
+    let place = Place::bare();
+    let refused = |name: &str| place.refused(&["--answers", name]);
+    let text = refused("nowhere");
+    assert!(text.contains("`nowhere` holds no answers to any task of the recipe"), "{text}");
+    let gold = gold();
+    place.answer("short", &gold[..gold.len() - 2]);
+    let text = refused("short");
+    let expected = format!(
+        "`short/spider.jsonl` answers {} of {} questions of spider; the first without an answer is `{}`",
+        gold.len() - 2,
+        gold.len(),
+        gold.len() - 1
+    );
+    assert!(text.contains(&expected) && text.contains("--limit"), "{text}");
+    for (lines, expected) in [
+        (r#"{"id": 1, "answer": "a"}|{"id": "1", "answer": "b"}"#, "question `1` is answered twice"),
+        (r#"{"id": 1, "answer": "a"}|{"id": 2}"#, "record 2"),
+        (r#"{"id": 1.5, "answer": "a"}"#, "expected a text or a whole number"),
+        (r#"{"id": 1, "answer": "a"}|{"id": 2, "ans"#, "broken/spider.jsonl"),
+        ("", "broken/spider.jsonl"),
+    ] {
+        fs::create_dir_all(place.path("broken")).unwrap();
+        fs::write(place.path("broken/spider.jsonl"), lines.replace('|', "\n")).unwrap();
+        let text = refused("broken");
+        assert!(text.contains(expected) && text.contains("hint: "), "{lines}: {text}");
+    }
+    place.answer("broken", &gold);
+    let text = place.refused(&["--answers", "broken", "--answers", "./broken"]);
+    assert!(text.contains("two models are called `broken`"), "{text}");
 }

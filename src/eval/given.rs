@@ -1,0 +1,148 @@
+//! Answers that are written already, by any system: judged as a model's are, without a model.
+
+use std::collections::HashMap;
+use std::path::Path;
+
+use anyhow::{Context as _, Result, bail};
+use serde::{Deserialize, Deserializer};
+
+use super::asking::check_order;
+use super::results::Results;
+use super::task::{Answered, Judgement, Question, Task};
+use crate::data::reader::read_records;
+use crate::error::{HintExt as _, user_error};
+use crate::progress;
+
+/// A line of a file of answers. A line of our own results is one, too: its other fields are not looked at.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+pub struct Answer {
+    /// Which question: see [`Question::id`].
+    #[serde(deserialize_with = "text_or_number")]
+    pub id: String,
+    /// What was said.
+    pub answer: String,
+    /// Tokens of the prompt, where they are known.
+    #[serde(default)]
+    pub prompt_tokens: usize,
+    /// Tokens of the answer, where they are known.
+    #[serde(default)]
+    pub completion_tokens: usize,
+    /// The answer ended by itself, not at a limit; so it is where nothing is said.
+    #[serde(default = "yes")]
+    pub finished: bool,
+}
+
+fn yes() -> bool {
+    true
+}
+
+fn text_or_number<'de, D: Deserializer<'de>>(deserializer: D) -> Result<String, D::Error> {
+    #[derive(Deserialize)]
+    #[serde(untagged, expecting = "expected a text or a whole number")]
+    enum Id {
+        Text(String),
+        Number(u64),
+    }
+    Ok(match Id::deserialize(deserializer)? {
+        Id::Text(text) => text,
+        Id::Number(number) => number.to_string(),
+    })
+}
+
+/// The answers of one file, to the questions of one task.
+#[derive(Debug)]
+pub struct GivenAnswers {
+    by_id: HashMap<String, Answer>,
+}
+
+impl GivenAnswers {
+    /// Reads a file of answers to a task's questions, one JSON object a line. Answers to what the task does not ask are
+    /// told and left alone.
+    ///
+    /// # Errors
+    /// When it is missing or damaged, a line has no `id` and `answer`, two lines are to one question, or a question has
+    /// no answer.
+    pub fn read(path: &Path, task: &dyn Task) -> Result<Self> {
+        let mut by_id = HashMap::new();
+        read_records(path, &[], &[], &mut |_, answer: Answer| {
+            if let Some(before) = by_id.insert(answer.id.clone(), answer) {
+                bail!("question `{}` is answered twice", before.id);
+            }
+            Ok(())
+        })
+        .hint(
+            "write one answer to each question, one JSON object a line: {\"id\": \"1\", \"answer\": \"…\"}",
+        )?;
+        let given = Self { by_id };
+        given.check_complete(path, task)?;
+        let beyond = given.by_id.len().saturating_sub(task.len());
+        if beyond > 0 {
+            let path = path.display();
+            progress::note(format!("note: {beyond} answers in {path} are to questions that are not asked"));
+        }
+        Ok(given)
+    }
+
+    /// Judges the answers to all questions of the task, less those that are among the results.
+    ///
+    /// # Errors
+    /// When the results are of other questions, an answer cannot be judged, or a file cannot be written.
+    pub fn judge(&self, task: &mut dyn Task, results: &mut Results<Answered>) -> Result<()> {
+        check_order(task, results.all())?;
+        let bar = progress::bar(task.len() as u64, task.name(), "answers");
+        bar.inc(results.all().len() as u64);
+        for at in results.all().len()..task.len() {
+            let question = task.question(at)?;
+            let id = question.id.clone();
+            let answered =
+                self.judged(at, question, task).with_context(|| format!("{} {id}", task.name()))?;
+            results.push(answered)?;
+            bar.inc(1);
+        }
+        bar.finish_and_clear();
+        Ok(())
+    }
+
+    /// A missing answer is told before any is judged: that may take hours.
+    fn check_complete(&self, path: &Path, task: &dyn Task) -> Result<()> {
+        let mut missing = Vec::new();
+        for at in 0..task.len() {
+            let id = task.question(at)?.id;
+            if !self.by_id.contains_key(&id) {
+                missing.push(id);
+            }
+        }
+        let Some(first) = missing.first() else { return Ok(()) };
+        Err(user_error(
+            format!(
+                "`{}` answers {} of {} questions of {}; the first without an answer is `{first}`",
+                path.display(),
+                task.len() - missing.len(),
+                task.len(),
+                task.name()
+            ),
+            "give an empty `answer` where the system had none, or ask fewer questions with `--limit`",
+        ))
+    }
+
+    fn judged(&self, at: usize, question: Question, task: &mut dyn Task) -> Result<Answered> {
+        let Question { id, group, text, reference, .. } = question;
+        let given = self.by_id.get(&id).context("there is no answer")?.clone();
+        let Judgement { extracted, verdict, error, scores } = task.judge(at, &given.answer)?;
+        let scores = task.measures().iter().map(|name| (*name).to_string()).zip(scores).collect();
+        Ok(Answered {
+            id,
+            group,
+            question: text,
+            reference,
+            answer: given.answer,
+            extracted,
+            verdict,
+            scores,
+            error,
+            prompt_tokens: given.prompt_tokens,
+            completion_tokens: given.completion_tokens,
+            finished: given.finished,
+        })
+    }
+}
