@@ -3,9 +3,11 @@
 //!
 //! Each target takes damaged copies of whole files for a second. `GRANITE_FUZZ_SECONDS=3600` makes it an hour,
 //! `GRANITE_FUZZ_SEED` begins elsewhere. Where one fails, its input lies in the folder that the message names.
+//! `scripts/fuzz` runs the same targets under libFuzzer, which keeps what reaches new code.
 
 #![expect(clippy::unwrap_used, reason = "a test says what failed by panicking")]
 
+mod limits;
 mod mutate;
 mod seeds;
 mod targets;
@@ -16,24 +18,15 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
+use limits::{MOST_KIB, PATIENCE, address_space};
 use mutate::Random;
 use targets::TARGETS;
 
-/// An input that takes longer hangs.
-const PATIENCE: Duration = Duration::from_secs(60);
-
-/// Address space that the process may take beyond what it had: no input is larger than 1 MiB.
-const MOST_KIB: u64 = 4 << 20;
+/// Where the tiny models lie.
+const FIXTURES: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures");
 
 fn number(variable: &str, otherwise: u64) -> u64 {
     std::env::var(variable).ok().map_or(otherwise, |text| text.parse().unwrap())
-}
-
-/// The largest address space that this process had, in KiB; 0 where the system does not tell.
-fn address_space() -> u64 {
-    let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
-    let line = status.lines().find_map(|line| line.strip_prefix("VmPeak:"));
-    line.and_then(|line| line.trim().trim_end_matches(" kB").parse().ok()).unwrap_or(0)
 }
 
 fn folder_of(name: &str) -> PathBuf {
@@ -118,6 +111,19 @@ macro_rules! fuzzed {
 fuzzed! {
     records recipe template gguf safetensors weights model_config adapter_config adapter_tensors tokenizer_json
     tokenizer_config dataset_rows run_state nf4_cache
+}
+
+/// `tests/fuzz-guided` has a program for each target.
+#[test]
+fn every_target_is_fuzzed_with_guidance() {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fuzz-guided/Cargo.toml");
+    let text = fs::read_to_string(path).unwrap();
+    let programs: Vec<&str> = text
+        .split("[[bin]]\nname = \"")
+        .skip(1)
+        .filter_map(|part| part.split_once('"').map(|(name, _)| name))
+        .collect();
+    assert_eq!(programs, TARGETS.map(|(name, _)| name));
 }
 
 #[test]

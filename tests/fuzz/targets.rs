@@ -1,7 +1,7 @@
 //! What reads files that others made, each behind one function from bytes to an end without a panic.
 
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use anyhow::Result;
 use granite::checkpoint::gguf::GgufFile;
@@ -39,9 +39,9 @@ pub const TARGETS: [(&str, Target); 14] = [
     ("nf4_cache", nf4_cache),
 ];
 
-/// Where the tiny models lie.
-pub fn fixtures() -> &'static Path {
-    Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures"))
+/// Where the tiny models lie; elsewhere when the program was carried to another machine.
+pub fn fixtures() -> PathBuf {
+    std::env::var_os("GRANITE_FUZZ_FIXTURES").map_or_else(|| PathBuf::from(crate::FIXTURES), PathBuf::from)
 }
 
 /// A dump: JSON array or lines, plain, gzip or zip.
