@@ -1,5 +1,6 @@
 //! The command line: clap types and help texts only.
 
+use std::num::NonZero;
 use std::path::PathBuf;
 use std::str::FromStr;
 
@@ -246,6 +247,10 @@ pub struct EvalArgs {
     /// Ask at most so many questions of a task.
     #[arg(long, value_name = "N")]
     pub limit: Option<usize>,
+
+    /// Answer so many questions at once; 16 on the CPU and 64 on a GPU when not given, fewer where memory is short.
+    #[arg(long, value_name = "N")]
+    pub batch: Option<NonZero<usize>>,
 
     /// Where the report goes, in place of `checkpoints/runs/<name>/eval-<models>`; what is there is gone on with.
     #[arg(long, value_name = "FOLDER")]

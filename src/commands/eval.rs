@@ -1,6 +1,7 @@
 //! `granite eval`: losses per source, task scores, models side by side, a report.
 
 use std::io::Write as _;
+use std::num::NonZero;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::time::Instant;
@@ -17,7 +18,7 @@ use crate::cli::EvalArgs;
 use crate::data::reader::fingerprint;
 use crate::data::store::{Dataset, PackedRow, Split};
 use crate::data::tokenizer::ChatTokenizer;
-use crate::engine::{Engine, EngineHandle, EngineOptions};
+use crate::engine::{Engine, EngineHandle, EngineOptions, memory};
 use crate::error::user_error;
 use crate::eval::asking::{self, Speaker};
 use crate::eval::comparison::{self, Measured, TaskResults};
@@ -69,8 +70,14 @@ pub fn run(args: &EvalArgs) -> Result<()> {
         note(format!("going on with what is in {}", out.display()));
     }
     identity.claim(&choices(args, &recipe, &subjects, with_dataset)?)?;
-    let mut evaluation =
-        Evaluation { recipe: &recipe, run_folder: run_folder.path(), device, tasks: Vec::new(), held_out };
+    let mut evaluation = Evaluation {
+        recipe: &recipe,
+        run_folder: run_folder.path(),
+        device,
+        batch: args.batch.map_or_else(|| batch_on(device), NonZero::get),
+        tasks: Vec::new(),
+        held_out,
+    };
     evaluation.tasks = evaluation.open_tasks(args.limit)?;
 
     let (mut measured, mut reports) = (Vec::new(), Vec::new());
@@ -251,6 +258,8 @@ struct Evaluation<'a> {
     recipe: &'a Recipe,
     run_folder: &'a Path,
     device: Device,
+    /// Questions answered at once.
+    batch: usize,
     /// Absent where given answers alone are judged, and none of them is to held-out rows.
     held_out: Option<HeldOutRows>,
     tasks: Vec<Box<dyn Task>>,
@@ -389,7 +398,13 @@ impl Evaluation<'_> {
             decode: &|ids| tokenizer.decode(ids, true),
             stop_token_ids: tokenizer.eos_token_ids().to_vec(),
         };
-        let engine = Engine::spawn(decoder, &EngineOptions { queue: asking::UNDER_WAY, context: None })?;
+        let options = EngineOptions {
+            queue: asking::under_way(self.batch),
+            context: None,
+            batch: self.batch,
+            cached_tokens: memory::cached_tokens(&decoder),
+        };
+        let engine = Engine::spawn(decoder, &options)?;
         self.tasks.iter_mut().map(|task| ask_one(task.as_mut(), &engine, &speaker, folder)).collect()
     }
 
@@ -422,6 +437,11 @@ fn no_answers(folder: &Path) -> anyhow::Error {
         format!("`{}` holds no answers to any task of the recipe", folder.display()),
         "write `TASK.jsonl` with `id` and `answer` a line, where the recipe has a part `eval.TASK`",
     )
+}
+
+/// Where more at once hardly answers more a second.
+fn batch_on(device: Device) -> usize {
+    if device.is_cuda() { 64 } else { 16 }
 }
 
 fn sandbox() -> Result<Sandbox> {
@@ -458,9 +478,10 @@ fn ask_one(
     let tokens: usize = results.all()[before..].iter().map(|one| one.completion_tokens).sum();
     let seconds = start.elapsed().as_secs_f64();
     note(format!(
-        "{:<16} {} questions, {before} of them before; {tokens} tokens in {seconds:.0} s",
+        "{:<16} {} questions, {before} of them before; {tokens} tokens in {seconds:.0} s, {:.0} tokens/s",
         task.name(),
-        results.all().len()
+        results.all().len(),
+        tokens as f64 / seconds
     ));
     Ok(summed_up(task, &results))
 }

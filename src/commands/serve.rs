@@ -13,7 +13,7 @@ use crate::checkpoint::open::{self, MERGED, ModelChoice};
 use crate::checkpoint::run::RunFolder;
 use crate::cli::ServeArgs;
 use crate::data::tokenizer::ChatTokenizer;
-use crate::engine::{Engine, EngineOptions};
+use crate::engine::{Engine, EngineOptions, memory};
 use crate::error::user_error;
 use crate::kernels::device;
 use crate::progress;
@@ -59,7 +59,8 @@ pub fn run(args: &ServeArgs) -> Result<()> {
 
 /// What would leave the service without an answer to give.
 fn check(spec: &ServeSpec) -> Result<()> {
-    let least = [("queue", spec.queue), ("max_tokens", spec.max_tokens), ("context", spec.context)];
+    let ServeSpec { batch, queue, max_tokens, context, .. } = *spec;
+    let least = [("batch", batch), ("queue", queue), ("max_tokens", max_tokens), ("context", context)];
     match least.into_iter().find(|(_, value)| *value == 0) {
         Some((key, _)) => {
             Err(user_error(format!("`serve.{key}` is 0, expected 1 or more"), "mend the recipe"))
@@ -136,7 +137,9 @@ fn open_service(
     let model = open::open(recipe, choice, run_folder, device)?;
     let tokenizer = ChatTokenizer::new(&model.base.tokenizer, &recipe.data.template)
         .with_context(|| format!("cannot speak to the model `{}`", model.base.path.display()))?;
-    let options = EngineOptions { queue: recipe.serve.queue, context: Some(recipe.serve.context) };
+    let ServeSpec { batch, queue, context, .. } = recipe.serve;
+    let cached_tokens = memory::cached_tokens(&model.decoder);
+    let options = EngineOptions { queue, context: Some(context), batch, cached_tokens };
     let engine = Engine::spawn(model.decoder, &options)?;
     progress::note(format!(
         "model `{}` ({}) on {device:?}, context {}, {:.1} s",

@@ -8,10 +8,11 @@ use std::time::Instant;
 use anyhow::{Context as _, Result};
 use thiserror::Error;
 
+use super::causal_lm::CausalLm;
 use super::queue::{Job, Queue, Refused};
 use super::sampler::Sampling;
 use super::stream::{EventSender, TokenStream};
-use super::worker::{self, CausalLm};
+use super::worker;
 
 /// What is asked of the engine.
 #[derive(Debug, Clone, PartialEq)]
@@ -29,10 +30,15 @@ pub struct Request {
 /// How the engine is set up.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct EngineOptions {
-    /// Requests that may wait while one is answered.
+    /// Requests that may wait while others are answered.
     pub queue: usize,
     /// Longest prompt and answer together, when shorter than the model's own: it bounds the memory of a request.
     pub context: Option<usize>,
+    /// Requests that are answered at once, at least one.
+    pub batch: usize,
+    /// Tokens that the caches of all requests answered at once may hold ([`super::memory`]); one request is answered
+    /// whatever it needs. `None` sets no limit.
+    pub cached_tokens: Option<usize>,
 }
 
 /// Why a request was not taken.
@@ -84,6 +90,7 @@ pub(super) struct Shared {
 struct Owner {
     shared: Arc<Shared>,
     limits: Limits,
+    batch: usize,
     thread: Mutex<Option<JoinHandle<()>>>,
 }
 
@@ -118,11 +125,13 @@ impl Engine {
             running: AtomicUsize::new(0),
         });
         let theirs = Arc::clone(&shared);
+        let room = *options;
         let thread = std::thread::Builder::new()
             .name("engine".to_string())
-            .spawn(move || worker::run(&model, &theirs))
+            .spawn(move || worker::run(&model, &theirs, &room))
             .context("cannot start the engine's thread")?;
-        Ok(EngineHandle { owner: Arc::new(Owner { shared, limits, thread: Mutex::new(Some(thread)) }) })
+        let owner = Owner { shared, limits, batch: options.batch.max(1), thread: Mutex::new(Some(thread)) };
+        Ok(EngineHandle { owner: Arc::new(owner) })
     }
 }
 
@@ -175,6 +184,11 @@ impl EngineHandle {
     /// Longest prompt and answer together, in tokens.
     pub fn context(&self) -> usize {
         self.owner.limits.context
+    }
+
+    /// Requests that are answered at once, at most.
+    pub fn batch(&self) -> usize {
+        self.owner.batch
     }
 
     /// Requests that wait.

@@ -72,6 +72,11 @@ impl Queue {
         }
     }
 
+    /// The next job if there is one and it `fits`; those behind it wait with it, so that none is passed over forever.
+    pub(super) fn pop_if(&self, fits: impl FnOnce(&Job) -> bool) -> Option<Job> {
+        self.lock().waiting.pop_front_if(|job| fits(job))
+    }
+
     /// Takes no more jobs; those that wait are still given out.
     pub(super) fn close(&self) {
         self.lock().closed = true;

@@ -1,83 +1,31 @@
-//! The engine's thread: takes requests from the queue and generates, one sequence at a time.
+//! The engine's thread: continuous batching (Yu et al. 2022). Each step takes every running request one token further,
+//! or through a part of its prompt; requests that end leave at once, and waiting ones take their places.
 
 use std::any::Any;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::Ordering;
-use std::time::{Duration, Instant};
 
-use anyhow::Result;
-use tch::{Device, Kind, Tensor};
-
-use super::handle::{Request, Shared};
+use super::causal_lm::CausalLm;
+use super::handle::{EngineOptions, Shared};
 use super::queue::Job;
-use super::sampler::{self, Choice};
-use super::stream::{Event, EventSender, FinishReason, Finished, Timings, Token, Usage};
-use crate::model::decoder::Decoder;
-use crate::model::kv_cache::KvCache;
+use super::running::{Running, capacity_of};
+use super::stream::{Event, FinishReason};
 
-/// Tokens of a prompt that go through the model at once: bounds the memory of attention scores and how
-/// long a cancelled request is still computed.
+/// Tokens of prompts that go through the model in one step: bounds the memory of attention scores, how long running
+/// answers wait for new prompts, and how long a cancelled request is still computed.
 const PREFILL_CHUNK: usize = 512;
 
-/// What the engine needs of a model.
-pub trait CausalLm: Send + 'static {
-    /// Keys and values of one sequence.
-    type Cache;
-
-    /// Longest sequence in tokens.
-    fn context(&self) -> usize;
-
-    /// Number of token ids.
-    fn vocabulary(&self) -> usize;
-
-    /// An empty cache with room for `capacity` tokens.
-    fn new_cache(&self, capacity: usize) -> Self::Cache;
-
-    /// Appends `input_ids` to the sequence in `cache`; the logits after the last of them, `[vocab]`.
-    ///
-    /// # Errors
-    /// When the model cannot compute them.
-    fn forward_cached(&self, input_ids: &[u32], cache: &mut Self::Cache) -> Result<Vec<f32>>;
-}
-
-impl CausalLm for Decoder {
-    type Cache = KvCache;
-
-    fn context(&self) -> usize {
-        usize::try_from(self.config().max_position_embeddings).unwrap_or(0)
-    }
-
-    fn vocabulary(&self) -> usize {
-        usize::try_from(self.config().vocab_size).unwrap_or(0)
-    }
-
-    fn new_cache(&self, capacity: usize) -> KvCache {
-        KvCache::new(self.config(), capacity as i64, self.kind(), self.device())
-    }
-
-    fn forward_cached(&self, input_ids: &[u32], cache: &mut KvCache) -> Result<Vec<f32>> {
-        let logits: Tensor = Decoder::forward_cached(self, input_ids, cache)?; // [vocab] f32
-        Ok(Vec::<f32>::try_from(logits.to_device(Device::Cpu).to_kind(Kind::Float))?)
-    }
-}
-
 /// Answers requests until the queue is closed, or the model panics.
-pub(super) fn run<M: CausalLm>(model: &M, shared: &Shared) {
-    while let Some(job) = shared.queue.pop() {
-        shared.running.store(1, Ordering::Relaxed);
-        let end = catch_unwind(AssertUnwindSafe(|| answer(model, &job, shared)));
-        shared.running.store(0, Ordering::Relaxed);
-        match end {
-            Ok(Ok(finished)) => job.events.send(Event::Finished(finished)),
-            Ok(Err(error)) => job.events.send(Event::Failed(format!("{error:#}"))),
-            Err(panic) => {
-                // After a panic in libtorch nothing is known about the device: the engine ends here.
-                shared.healthy.store(false, Ordering::Relaxed);
-                shared.queue.close();
-                job.events.send(Event::Failed(format!("this is a bug in granite: {}", message_of(&*panic))));
-                refuse_waiting(shared);
-                return;
-            }
+pub(super) fn run<M: CausalLm>(model: &M, shared: &Shared, options: &EngineOptions) {
+    let mut batch = Batch { model, shared, options, running: Vec::new() };
+    while batch.admit() {
+        if let Err(panic) = catch_unwind(AssertUnwindSafe(|| batch.step())) {
+            // After a panic in libtorch nothing is known about the device: the engine ends here.
+            shared.healthy.store(false, Ordering::Relaxed);
+            shared.queue.close();
+            batch.fail(&format!("this is a bug in granite: {}", message_of(&*panic)));
+            refuse_waiting(shared);
+            return;
         }
     }
 }
@@ -93,69 +41,84 @@ fn message_of(panic: &(dyn Any + Send)) -> &str {
     text.or_else(|| panic.downcast_ref::<String>().map(String::as_str)).unwrap_or("no message")
 }
 
-fn answer<M: CausalLm>(model: &M, job: &Job, shared: &Shared) -> Result<Finished> {
-    let started = Instant::now();
-    let Job { request, events, submitted } = job;
-    let mut sequence = Running::new(model, request, events, shared);
-    let reason = sequence.generate()?;
-    let timings = Timings {
-        queued: started.saturating_duration_since(*submitted),
-        prefill: sequence.prefill,
-        decode: started.elapsed().saturating_sub(sequence.prefill),
-    };
-    let usage = Usage { prompt_tokens: request.prompt.len(), completion_tokens: sequence.produced };
-    Ok(Finished { reason, usage, timings })
-}
-
-/// A sequence that is being generated.
-struct Running<'a, M: CausalLm> {
+/// The requests that are being answered.
+struct Batch<'a, M: CausalLm> {
     model: &'a M,
-    request: &'a Request,
-    events: &'a EventSender,
     shared: &'a Shared,
-    produced: usize,
-    prefill: Duration,
+    options: &'a EngineOptions,
+    /// In the order in which they came.
+    running: Vec<Running<M::Cache>>,
 }
 
-impl<'a, M: CausalLm> Running<'a, M> {
-    fn new(model: &'a M, request: &'a Request, events: &'a EventSender, shared: &'a Shared) -> Self {
-        Self { model, request, events, shared, produced: 0, prefill: Duration::ZERO }
+impl<M: CausalLm> Batch<'_, M> {
+    /// Takes up waiting requests while there is room, and waits for one when none is running; `false` when none will
+    /// come.
+    fn admit(&mut self) -> bool {
+        if self.running.is_empty() {
+            let Some(job) = self.shared.queue.pop() else { return false };
+            self.take_up(job);
+        }
+        while self.running.len() < self.options.batch {
+            let held: usize = self.running.iter().map(Running::capacity).sum();
+            let limit = self.options.cached_tokens.unwrap_or(usize::MAX);
+            let Some(job) = self.shared.queue.pop_if(|job| held.saturating_add(capacity_of(job)) <= limit)
+            else {
+                break;
+            };
+            self.take_up(job);
+        }
+        true
     }
 
-    fn generate(&mut self) -> Result<FinishReason> {
-        if self.is_cancelled() {
-            return Ok(FinishReason::Cancelled);
+    fn take_up(&mut self, job: Job) {
+        let cache = self.model.new_cache(capacity_of(&job));
+        self.running.push(Running::new(job, cache));
+        self.count();
+    }
+
+    fn count(&self) {
+        self.shared.running.store(self.running.len(), Ordering::Relaxed);
+    }
+
+    /// One pass of the model over all that run.
+    fn step(&mut self) {
+        self.leave_cancelled();
+        let mut room = PREFILL_CHUNK;
+        let mut batch: Vec<_> =
+            self.running.iter_mut().filter_map(|one| one.continuation(&mut room)).collect();
+        if batch.is_empty() {
+            return;
         }
-        let started = Instant::now();
-        let capacity = self.request.prompt.len() + self.request.max_tokens;
-        let mut cache = self.model.new_cache(capacity);
-        let mut logits = Vec::new();
-        for chunk in self.request.prompt.chunks(PREFILL_CHUNK) {
-            if self.is_cancelled() {
-                return Ok(FinishReason::Cancelled);
-            }
-            logits = self.model.forward_cached(chunk, &mut cache)?;
+        let logits = self.model.forward_cached(&mut batch);
+        let under_way = self.running.iter_mut().filter(|one| one.is_under_way());
+        match logits {
+            Ok(logits) => under_way.zip(logits).for_each(|(one, logits)| one.advance(&logits)),
+            Err(error) => under_way.for_each(|one| one.fail(format!("{error:#}"))),
         }
-        self.prefill = started.elapsed();
-        loop {
-            let Choice { id, logprob } =
-                sampler::choose(&logits, &self.request.sampling, self.produced as u64)?;
-            if self.request.stop_token_ids.contains(&id) {
-                return Ok(FinishReason::Stop);
+        self.leave_ended();
+    }
+
+    fn leave_cancelled(&mut self) {
+        let shutdown = self.shared.shutdown.load(Ordering::Relaxed);
+        for one in &mut self.running {
+            if shutdown || one.is_cancelled() {
+                one.finish(FinishReason::Cancelled);
             }
-            self.events.send(Event::Token(Token { id, logprob }));
-            self.produced += 1;
-            if self.produced == self.request.max_tokens {
-                return Ok(FinishReason::Length);
-            }
-            if self.is_cancelled() {
-                return Ok(FinishReason::Cancelled);
-            }
-            logits = self.model.forward_cached(&[id], &mut cache)?;
+        }
+        self.leave_ended();
+    }
+
+    fn leave_ended(&mut self) {
+        let ended: Vec<_> = self.running.extract_if(.., |one| one.has_ended()).collect();
+        if !ended.is_empty() {
+            // Who reads the end of a request must find its place free.
+            self.count();
+            ended.into_iter().for_each(Running::leave);
         }
     }
 
-    fn is_cancelled(&self) -> bool {
-        self.events.is_cancelled() || self.shared.shutdown.load(Ordering::Relaxed)
+    fn fail(&mut self, reason: &str) {
+        self.running.iter_mut().for_each(|one| one.fail(reason.to_string()));
+        self.leave_ended();
     }
 }

@@ -6,7 +6,6 @@ use std::path::Path;
 use anyhow::{Context as _, Result, bail};
 use serde::{Deserialize, Deserializer};
 
-use super::asking::check_order;
 use super::results::Results;
 use super::task::{Answered, Judgement, Question, Task};
 use crate::data::reader::read_records;
@@ -145,4 +144,18 @@ impl GivenAnswers {
             finished: given.finished,
         })
     }
+}
+
+/// Results lie in the order of the questions, so that the next one is known by their number.
+fn check_order(task: &dyn Task, results: &[Answered]) -> Result<()> {
+    if results.len() > task.len() {
+        bail!("there are {} results of {}, which asks {} questions", results.len(), task.name(), task.len());
+    }
+    for (at, result) in results.iter().enumerate() {
+        let id = task.question(at)?.id;
+        if result.id != id {
+            bail!("result {} of {} is of question `{}`, expected `{id}`", at + 1, task.name(), result.id);
+        }
+    }
+    Ok(())
 }

@@ -1,4 +1,5 @@
 //! Results as they become known: one JSON object a line, so that an interrupted evaluation goes on where it was.
+//! They may become known in any order, and are put into the one they are read in at the end.
 
 use std::fs::{File, OpenOptions};
 use std::io::{Read as _, Seek as _, SeekFrom, Write as _};
@@ -9,6 +10,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use crate::error::HintExt as _;
+use crate::output;
 
 /// A file of results, and what was in it when it was opened.
 #[derive(Debug)]
@@ -25,13 +27,7 @@ impl<T: Serialize + DeserializeOwned> Results<T> {
     /// When the file cannot be read or written, or a line is no result.
     pub fn open(path: &Path) -> Result<Self> {
         let in_file = || format!("cannot use `{}`", path.display());
-        let mut file = OpenOptions::new()
-            .read(true)
-            .write(true)
-            .create(true)
-            .truncate(false)
-            .open(path)
-            .with_context(in_file)?;
+        let mut file = open(path)?;
         let mut text = Vec::new();
         file.read_to_end(&mut text).with_context(in_file)?;
         let whole = text.iter().rposition(|byte| *byte == b'\n').map_or(0, |end| end + 1);
@@ -57,12 +53,40 @@ impl<T: Serialize + DeserializeOwned> Results<T> {
     /// # Errors
     /// When the file cannot be written.
     pub fn push(&mut self, result: T) -> Result<()> {
-        let mut line = serde_json::to_vec(&result)?;
-        line.push(b'\n');
-        self.file.write_all(&line).with_context(|| format!("cannot write `{}`", self.path.display()))?;
+        self.file
+            .write_all(&line(&result)?)
+            .with_context(|| format!("cannot write `{}`", self.path.display()))?;
         self.all.push(result);
         Ok(())
     }
+
+    /// Puts the results into ascending order of `place`, here and in the file; results of one place stay as they are.
+    ///
+    /// # Errors
+    /// When the file cannot be written; it then holds the results as before.
+    pub fn sort_by_key(&mut self, place: impl Fn(&T) -> usize) -> Result<()> {
+        if self.all.is_sorted_by_key(&place) {
+            return Ok(());
+        }
+        self.all.sort_by_key(place);
+        let lines = self.all.iter().map(line).collect::<Result<Vec<_>>>()?;
+        output::write_file(&self.path, &lines.concat())?;
+        self.file = open(&self.path)?;
+        self.file.seek(SeekFrom::End(0)).with_context(|| format!("cannot use `{}`", self.path.display()))?;
+        Ok(())
+    }
+}
+
+fn open(path: &Path) -> Result<File> {
+    let mut options = OpenOptions::new();
+    let options = options.read(true).write(true).create(true).truncate(false);
+    options.open(path).with_context(|| format!("cannot use `{}`", path.display()))
+}
+
+fn line(result: &impl Serialize) -> Result<Vec<u8>> {
+    let mut line = serde_json::to_vec(result)?;
+    line.push(b'\n');
+    Ok(line)
 }
 
 #[cfg(test)]
@@ -88,6 +112,24 @@ mod tests {
         }
         std::fs::write(&path, "torn").unwrap();
         assert!(Results::<Vec<f64>>::open(&path).unwrap().all().is_empty());
+    }
+
+    #[test]
+    fn sorted_results_lie_sorted_in_the_file_and_go_on_behind() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("a.jsonl");
+        let mut results = Results::<(usize, char)>::open(&path).unwrap();
+        for result in [(2, 'a'), (0, 'b'), (2, 'c'), (1, 'd')] {
+            results.push(result).unwrap();
+        }
+        results.sort_by_key(|(place, _)| *place).unwrap();
+        let sorted = [(0, 'b'), (1, 'd'), (2, 'a'), (2, 'c')];
+        assert_eq!(results.all(), sorted);
+        assert_eq!(Results::<(usize, char)>::open(&path).unwrap().all(), sorted);
+        results.push((1, 'e')).unwrap();
+        assert_eq!(Results::<(usize, char)>::open(&path).unwrap().all(), results.all());
+        assert_eq!(results.all().len(), 5);
+        assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1);
     }
 
     #[test]

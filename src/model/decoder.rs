@@ -1,4 +1,4 @@
-//! The decoder: embedding, layers, head; loss, gradients, logits and cached generation.
+//! The decoder: embedding, layers, head; loss, gradients and logits. Generation is in [`super::continuation`].
 
 use anyhow::{Context as _, Result, bail, ensure};
 use tch::{Device, Kind, Tensor};
@@ -8,7 +8,6 @@ use super::config::ModelConfig;
 use super::fused::Fused;
 use super::fused::plan::{Limits, MemoryLayout, Sizes};
 use super::init;
-use super::kv_cache::KvCache;
 use super::layer::{DecoderLayer, LayerSaved, PassContext};
 use super::linear::{Adapter, DropoutStep, LoraLinear};
 use super::load::{Loader, Weights};
@@ -234,8 +233,12 @@ impl Decoder {
         Frozen { config, embed_tokens, layers, norm, lm_head }
     }
 
+    pub(super) fn layers(&self) -> &[DecoderLayer] {
+        &self.layers
+    }
+
     /// The head without the rows that fill it up, `[vocab, hidden]`.
-    fn head(&self) -> Tensor {
+    pub(super) fn head(&self) -> Tensor {
         self.lm_head.narrow(0, 0, self.config.vocab_size)
     }
 
@@ -365,34 +368,6 @@ impl Decoder {
         move |hidden| tch::no_grad(|| logits_reference(hidden, &head, scaling))
     }
 
-    /// Appends `input_ids` to the sequence in `cache` and gives the logits after the last of them, `[vocab]` f32.
-    ///
-    /// # Errors
-    /// When `input_ids` is empty, the cache is too small, or as [`loss`](Self::loss).
-    pub fn forward_cached(&self, input_ids: &[u32], cache: &mut KvCache) -> Result<Tensor> {
-        let (past, new) = (cache.len(), input_ids.len() as i64);
-        ensure!(new > 0, "there is no token to go on from");
-        ensure!(
-            past + new <= cache.capacity(),
-            "the cache holds {} tokens, {} are needed",
-            cache.capacity(),
-            past + new
-        );
-        self.check_ids(input_ids.iter().map(|id| i64::from(*id)).max().unwrap_or(0), past + new)?;
-        tch::no_grad(|| {
-            let ids: Vec<i64> = input_ids.iter().map(|id| i64::from(*id)).collect();
-            let positions = Tensor::arange_start(past, past + new, (Kind::Int64, self.device));
-            let pass = self.pass_over(&positions, &[], None);
-            let mut x = self.embed(&Tensor::from_slice(&ids).to_device(self.device));
-            for (index, layer) in self.layers.iter().enumerate() {
-                x = layer.forward_cached(&x, &pass, &cache.keys[index], &cache.values[index], past)?;
-            }
-            cache.length = past + new;
-            let normed = self.final_norm(&x.narrow(0, new - 1, 1)).y;
-            Ok(logits_reference(&normed, &self.head(), self.config.logits_scaling).squeeze_dim(0))
-        })
-    }
-
     /// The frozen weight of a projection, dequantised, `[out, in]` f32 on the decoder's device.
     pub fn base_weight(&self, layer: usize, projection: Projection) -> Tensor {
         self.layers[layer].projection(projection).base.dense(Kind::Float)
@@ -426,11 +401,11 @@ impl Decoder {
         Ok(x)
     }
 
-    fn embed(&self, input_ids: &Tensor) -> Tensor {
+    pub(super) fn embed(&self, input_ids: &Tensor) -> Tensor {
         self.embed_tokens.index_select(0, input_ids) * self.config.embedding_multiplier
     }
 
-    fn final_norm(&self, x: &Tensor) -> RmsNormOut {
+    pub(super) fn final_norm(&self, x: &Tensor) -> RmsNormOut {
         rms_norm_reference(x, &self.norm, self.config.rms_norm_eps)
     }
 
@@ -446,7 +421,7 @@ impl Decoder {
         self.pass_over(&batch.position_ids, &batch.cu_seqlens, dropout)
     }
 
-    fn pass_over<'a>(
+    pub(super) fn pass_over<'a>(
         &'a self,
         position_ids: &Tensor,
         cu_seqlens: &'a [i64],
@@ -457,7 +432,7 @@ impl Decoder {
         PassContext { config: &self.config, angles, cu_seqlens, dropout, adapted: self.adapters_on }
     }
 
-    fn check_ids(&self, largest_id: i64, longest: i64) -> Result<()> {
+    pub(super) fn check_ids(&self, largest_id: i64, longest: i64) -> Result<()> {
         let ModelConfig { vocab_size, max_position_embeddings, .. } = self.config;
         ensure!(
             largest_id < vocab_size,

@@ -4,11 +4,10 @@ use anyhow::Result;
 use tch::Tensor;
 
 use super::config::ModelConfig;
+use super::kv_cache::KvCache;
 use super::linear::{Adapter, DropoutStep, LoraLinear, LoraSaved};
 use super::params::ParamSet;
-use crate::kernels::attention::{
-    attention_backward_reference, attention_reference, cached_attention_reference,
-};
+use crate::kernels::attention::{attention_backward_reference, attention_reference};
 use crate::kernels::rms_norm::{RmsNormOut, rms_norm_backward_reference, rms_norm_reference};
 use crate::kernels::rope::RotaryAngles;
 use crate::kernels::swiglu::{swiglu_backward_reference, swiglu_reference};
@@ -147,23 +146,22 @@ impl DecoderLayer {
         Ok((q, k, split(v), [q_saved, k_saved, v_saved]))
     }
 
-    /// As [`forward`](Self::forward) for the next tokens of one sequence; `keys` and `values`
-    /// `[capacity, kv_heads, head_dim]` hold `past` tokens and take the new ones.
+    /// As [`forward`](Self::forward) for the next tokens of some sequences, which lie in `x` as `pass` says; this is layer
+    /// `index` of their caches, which take the new keys and values.
     pub(super) fn forward_cached(
         &self,
         x: &Tensor,
         pass: &PassContext<'_>,
-        keys: &Tensor,
-        values: &Tensor,
-        past: i64,
+        index: usize,
+        caches: &[&KvCache],
     ) -> Result<Tensor> {
         let ModelConfig { rms_norm_eps: eps, residual_multiplier, attention_multiplier, .. } = *pass.config;
-        let new = x.size()[0];
         let (q, k, v, _) = self.heads(&rms_norm_reference(x, &self.input_layernorm, eps).y, pass)?;
-        keys.narrow(0, past, new).copy_(&k);
-        values.narrow(0, past, new).copy_(&v);
-        let (keys, values) = (keys.narrow(0, 0, past + new), values.narrow(0, 0, past + new));
-        let o = cached_attention_reference(&q, &keys, &values, attention_multiplier);
+        let attended = caches.iter().zip(pass.cu_seqlens.windows(2)).map(|(cache, bounds)| {
+            let [q, k, v] = [&q, &k, &v].map(|x| x.narrow(0, bounds[0], bounds[1] - bounds[0]));
+            cache.attend(index, &q, &k, &v, attention_multiplier)
+        });
+        let o = Tensor::cat(&attended.collect::<Vec<_>>(), 0);
         let (branch, _) = self.o_proj.forward(&flatten(&o), None, pass.adapted)?;
         let middle = add_scaled(x, &branch, residual_multiplier);
         let normed = rms_norm_reference(&middle, &self.post_attention_layernorm, eps).y;

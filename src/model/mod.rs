@@ -2,6 +2,7 @@
 
 pub mod batch;
 pub mod config;
+pub mod continuation;
 pub mod decoder;
 pub mod fused;
 pub mod init;

@@ -634,6 +634,8 @@ pub struct ServeSpec {
     pub top_k: usize,
     /// Longest answer in tokens when the request names none.
     pub max_tokens: usize,
+    /// Requests that are answered at once, where memory suffices.
+    pub batch: usize,
     /// Requests that may wait; one more is answered 429.
     pub queue: usize,
     /// Longest prompt and answer together in tokens, when shorter than the model's own: it bounds the memory of a request.
@@ -651,6 +653,7 @@ impl Default for ServeSpec {
             index: None,
             top_k: 4,
             max_tokens: 256,
+            batch: 8,
             queue: 32,
             context: 4096,
         }

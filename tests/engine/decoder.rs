@@ -31,8 +31,15 @@ fn without_cache(decoder: &Decoder, ids: &[u32]) -> Tensor {
 }
 
 fn generate(model: &str, request: Request) -> Generation {
-    let engine = Engine::spawn(decoder(model), &EngineOptions { queue: 1, context: None }).unwrap();
-    engine.submit(request).unwrap().wait().unwrap()
+    generate_all(decoder(model), 1, vec![request]).remove(0)
+}
+
+/// Answers to all requests, so many at once.
+fn generate_all(decoder: Decoder, batch: usize, requests: Vec<Request>) -> Vec<Generation> {
+    let options = EngineOptions { queue: requests.len(), context: None, batch, cached_tokens: None };
+    let engine = Engine::spawn(decoder, &options).unwrap();
+    let streams: Vec<_> = requests.into_iter().map(|request| engine.submit(request).unwrap()).collect();
+    streams.into_iter().map(|stream| stream.wait().unwrap()).collect()
 }
 
 fn request(prompt: Vec<u32>, max_tokens: usize) -> Request {
@@ -71,4 +78,41 @@ fn a_seed_names_an_answer() {
     };
     assert_eq!(sampled(5), sampled(5));
     assert_ne!(sampled(5), sampled(6));
+}
+
+/// Requests of odd lengths: one token, one more than a chunk of prompts, the longest that leaves room for an answer, greedy
+/// and drawn.
+fn mixed(context: usize) -> Vec<Request> {
+    let lengths = [1, 130, 2, context - 3, 17, 64, 5];
+    let requests = lengths.into_iter().enumerate().map(|(at, length)| {
+        let prompt = (0..length).map(|place| ((place * 53 + at * 31) % 250) as u32).collect();
+        let drawn = Sampling { temperature: 0.8, top_p: 0.95, top_k: Some(40), seed: at as u64 };
+        let sampling = if at % 3 == 2 { drawn } else { Sampling::GREEDY };
+        Request { sampling, ..request(prompt, 4 + at) }
+    });
+    let mut requests: Vec<Request> = requests.collect();
+    // Nothing but a stop token: this one ends at once.
+    requests.push(Request { stop_token_ids: (0..259).collect(), ..request(vec![9, 8, 7], 5) });
+    requests
+}
+
+#[test]
+fn no_answer_depends_on_what_is_answered_beside_it() {
+    for (model, context) in [("tiny-granite", 1400), ("tiny-llama", 512)] {
+        let alone = generate_all(decoder(model), 1, mixed(context));
+        assert_eq!((alone[7].ids(), alone[7].finished.reason), (vec![], FinishReason::Stop));
+        assert_eq!(alone[3].ids().len(), if model == "tiny-llama" { 3 } else { 7 });
+        for batch in [2, 3, 8] {
+            for (at, (one, alone)) in
+                generate_all(decoder(model), batch, mixed(context)).iter().zip(&alone).enumerate()
+            {
+                assert_eq!(one.ids(), alone.ids(), "{model}, request {at}, {batch} at once");
+                assert_eq!(one.finished.reason, alone.finished.reason);
+                assert_eq!(one.finished.usage, alone.finished.usage);
+                for (token, alone) in one.tokens.iter().zip(&alone.tokens) {
+                    assert!((token.logprob - alone.logprob).abs() < 1e-5, "{token:?}, alone {alone:?}");
+                }
+            }
+        }
+    }
 }

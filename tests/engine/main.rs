@@ -2,6 +2,7 @@
 
 #![expect(clippy::unwrap_used, reason = "a test says what failed by panicking")]
 
+mod batch;
 mod decoder;
 mod scripted;
 
@@ -12,8 +13,9 @@ use granite::engine::{
 };
 use scripted::{Counting, Gate};
 
+/// One request at a time: what runs and what waits is then known.
 fn options(queue: usize) -> EngineOptions {
-    EngineOptions { queue, context: None }
+    EngineOptions { queue, context: None, batch: 1, cached_tokens: None }
 }
 
 fn request(prompt: &[u32], max_tokens: usize) -> Request {
@@ -60,11 +62,11 @@ fn the_context_bounds_prompt_and_answer() {
     let refused = engine.submit(request(&[1; 32], 1)).unwrap_err();
     assert_eq!(refused, SubmitError::PromptTooLong { prompt: 32, context: 32 });
 
-    let shorter = EngineOptions { queue: 1, context: Some(8) };
+    let shorter = EngineOptions { context: Some(8), ..options(1) };
     let engine = Engine::spawn(Counting::new(100, 32), &shorter).unwrap();
     assert_eq!(engine.context(), 8);
     assert_eq!(engine.submit(request(&[1; 7], 9)).unwrap().wait().unwrap().ids().len(), 1);
-    let longer = EngineOptions { queue: 1, context: Some(1000) };
+    let longer = EngineOptions { context: Some(1000), ..options(1) };
     assert_eq!(Engine::spawn(Counting::new(100, 32), &longer).unwrap().context(), 32);
 }
 

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use anyhow::{Result, bail};
 use granite::engine::CausalLm;
+use granite::model::continuation::Continuation;
 
 /// Holds the model at its first step until it is opened.
 #[derive(Clone)]
@@ -39,15 +40,24 @@ pub struct Counting {
     pause: Duration,
     failing: Option<u32>,
     panicking: Option<u32>,
+    steps: Option<Steps>,
 }
+
+/// How many tokens of each sequence went through the model, step by step.
+pub type Steps = Arc<Mutex<Vec<Vec<usize>>>>;
 
 impl Counting {
     pub fn new(vocabulary: usize, context: usize) -> Self {
-        Self { vocabulary, context, gate: None, pause: Duration::ZERO, failing: None, panicking: None }
+        let pause = Duration::ZERO;
+        Self { vocabulary, context, gate: None, pause, failing: None, panicking: None, steps: None }
     }
 
     pub fn behind(self, gate: &Gate) -> Self {
         Self { gate: Some(gate.clone()), ..self }
+    }
+
+    pub fn counted(self, steps: &Steps) -> Self {
+        Self { steps: Some(Arc::clone(steps)), ..self }
     }
 
     pub fn slow(self, pause: Duration) -> Self {
@@ -79,11 +89,20 @@ impl CausalLm for Counting {
         (Vec::new(), capacity)
     }
 
-    fn forward_cached(&self, input_ids: &[u32], (seen, capacity): &mut Self::Cache) -> Result<Vec<f32>> {
+    fn forward_cached(&self, batch: &mut [Continuation<'_, Self::Cache>]) -> Result<Vec<Vec<f32>>> {
         if let Some(gate) = &self.gate {
             gate.pass();
         }
         std::thread::sleep(self.pause);
+        if let Some(steps) = &self.steps {
+            steps.lock().unwrap().push(batch.iter().map(|one| one.input_ids.len()).collect());
+        }
+        batch.iter_mut().map(|one| self.after(one.input_ids, one.cache)).collect()
+    }
+}
+
+impl Counting {
+    fn after(&self, input_ids: &[u32], (seen, capacity): &mut (Vec<u32>, usize)) -> Result<Vec<f32>> {
         seen.extend(input_ids);
         assert!(seen.len() <= *capacity, "{} tokens in a cache of {capacity}", seen.len());
         let last = *seen.last().unwrap();

@@ -11,6 +11,7 @@ use granite::eval::hardness::Hardness;
 use granite::eval::results::Results;
 use granite::eval::task::{Answered, Task, Verdict};
 use granite::eval::tasks::spider::{Databases, Question, Selection, Spider, judge, read_questions, select};
+use granite::model::continuation::Continuation;
 use granite::recipe::SpiderEvalSpec;
 
 fn limits() -> QueryLimits {
@@ -116,12 +117,15 @@ impl CausalLm for Parrot {
         0
     }
 
-    fn forward_cached(&self, _input_ids: &[u32], said: &mut usize) -> Result<Vec<f32>> {
-        let mut logits = vec![0.0; 256];
-        // Byte 0 ends an answer.
-        logits[self.0.get(*said).copied().unwrap_or(0) as usize] = 1.0;
-        *said += 1;
-        Ok(logits)
+    fn forward_cached(&self, batch: &mut [Continuation<'_, usize>]) -> Result<Vec<Vec<f32>>> {
+        let after = |one: &mut Continuation<'_, usize>| {
+            let mut logits = vec![0.0; 256];
+            // Byte 0 ends an answer.
+            logits[self.0.get(*one.cache).copied().unwrap_or(0) as usize] = 1.0;
+            *one.cache += 1;
+            logits
+        };
+        Ok(batch.iter_mut().map(after).collect())
     }
 }
 
@@ -148,7 +152,9 @@ fn task(folder: &Path, questions: &[Question], max_tokens: usize) -> Spider {
 
 fn ask(task: &mut Spider, answer: &str, results: &mut Results<Answered>) {
     let parrot = Parrot(answer.bytes().map(u32::from).collect());
-    let options = EngineOptions { queue: asking::UNDER_WAY, context: None };
+    let batch = 3;
+    let queue = asking::under_way(batch);
+    let options = EngineOptions { queue, context: None, batch, cached_tokens: None };
     let engine = Engine::spawn(parrot, &options).unwrap();
     let speaker = Speaker {
         encode: &|messages| Ok(messages[0].content.bytes().map(u32::from).collect()),

@@ -1,6 +1,7 @@
 //! Generation with the cache is the uncached model, token by token and in chunks.
 
 use granite::model::batch::Batch;
+use granite::model::continuation::Continuation;
 use granite::model::decoder::Decoder;
 use granite::model::kv_cache::KvCache;
 use granite::recipe::Quantization;
@@ -61,6 +62,62 @@ fn greedy_generation_is_the_oracles() {
         }
         assert_eq!(tokens, expected, "{}", fixture.name);
     }
+}
+
+#[test]
+fn sequences_go_side_by_side_as_each_alone() {
+    for fixture in fixture::all() {
+        let decoder = fixture.adapted(Quantization::None, 0.0);
+        let wholes: Vec<_> =
+            [1, 29, 7, 2, 16, 30, 11].map(|length| sequence(length, length as u32, true)).into();
+        let references: Vec<(Tensor, f64)> = wholes
+            .iter()
+            .map(|whole| {
+                let batch = Batch::pack([whole], Device::Cpu);
+                let logits = |kind| Twin::new(&fixture, 0.0, kind).pass(&batch, &whole_step(&batch)).logits;
+                let reference = logits(Kind::Double);
+                let yardstick = distance(&logits(Kind::Float), &reference);
+                (reference, yardstick)
+            })
+            .collect();
+        let mut caches: Vec<KvCache> = wholes.iter().map(|_| cache(&decoder, 30)).collect();
+        // Each brings parts of another length, and those that are through leave.
+        for step in 0.. {
+            let mut here = Vec::new();
+            let mut batch = Vec::new();
+            for (at, (whole, cache)) in wholes.iter().zip(&mut caches).enumerate() {
+                let left = &whole.input_ids[cache.len() as usize..];
+                let part = &left[..left.len().min(1 + (at * 5 + step * 3) % 8)];
+                if !part.is_empty() {
+                    here.push((at, cache.len() as usize + part.len()));
+                    batch.push(Continuation { input_ids: part, cache });
+                }
+            }
+            if batch.is_empty() {
+                break;
+            }
+            let logits = decoder.forward_cached_batch(&mut batch).unwrap();
+            assert_eq!(logits.size(), [here.len() as i64, fixture.config.vocab_size]);
+            for (row, (at, end)) in here.into_iter().enumerate() {
+                let (reference, yardstick) = &references[at];
+                let what = format!("{}, sequence {at} after {end} tokens in step {step}", fixture.name);
+                assert_close(&what, &logits.get(row as i64), &reference.get(end as i64 - 1), *yardstick);
+            }
+        }
+        assert!(caches.iter().zip(&wholes).all(|(cache, whole)| cache.len() == whole.input_ids.len() as i64));
+    }
+}
+
+#[test]
+fn a_batch_that_does_not_fit_changes_no_cache() {
+    let decoder = fixture::all()[0].decoder(Quantization::None);
+    let (mut fits, mut small) = (cache(&decoder, 8), cache(&decoder, 2));
+    let both = [(&[1, 2, 3][..], &mut fits), (&[4, 5, 6][..], &mut small)];
+    let mut batch = both.map(|(input_ids, cache)| Continuation { input_ids, cache });
+    let error = decoder.forward_cached_batch(&mut batch).unwrap_err().to_string();
+    assert!(error.contains("the cache holds 2 tokens, 3 are needed"), "{error}");
+    assert!(decoder.forward_cached_batch(&mut []).is_err());
+    assert!(fits.is_empty() && small.is_empty());
 }
 
 #[test]

@@ -23,7 +23,9 @@ fn settings() -> Settings {
 }
 
 fn service_with(model: Scripted, library: Option<Library>, settings: Settings) -> Service {
-    let options = EngineOptions { queue: settings.queue, context: Some(2000) };
+    // One at a time: tests know then what waits.
+    let (queue, context) = (settings.queue, Some(2000));
+    let options = EngineOptions { queue, context, batch: 1, cached_tokens: None };
     let engine = Engine::spawn(model, &options).unwrap();
     Service::new(engine, tokenizer(), library, settings)
 }

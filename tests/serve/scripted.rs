@@ -6,6 +6,7 @@ use std::time::Duration;
 use anyhow::{Result, bail};
 use granite::data::tokenizer::{ChatTokenizer, TokenizerFiles};
 use granite::engine::CausalLm;
+use granite::model::continuation::Continuation;
 use granite::recipe::TemplateSpec;
 use serde_json::{Map, json};
 
@@ -130,11 +131,17 @@ impl CausalLm for Scripted {
         Vec::new()
     }
 
-    fn forward_cached(&self, input_ids: &[u32], seen: &mut Vec<u32>) -> Result<Vec<f32>> {
+    fn forward_cached(&self, batch: &mut [Continuation<'_, Vec<u32>>]) -> Result<Vec<Vec<f32>>> {
         if let Some(gate) = &self.gate {
             gate.pass();
         }
         std::thread::sleep(self.pause);
+        batch.iter_mut().map(|one| self.after(one.input_ids, one.cache)).collect()
+    }
+}
+
+impl Scripted {
+    fn after(&self, input_ids: &[u32], seen: &mut Vec<u32>) -> Result<Vec<f32>> {
         seen.extend(input_ids);
         let prompt = seen.iter().rposition(|&id| id == ASSISTANT).map_or(seen.len(), |at| at + 1);
         let said = seen.len() - prompt;

@@ -168,6 +168,9 @@ fn attention_backward() {
 fn cached_attention_continues_a_sequence() {
     let (q, k, v) = (randn(&[9, 4, 8]), randn(&[9, 2, 8]), randn(&[9, 2, 8]));
     let whole = attention_reference(&q, &k, &v, &[0, 9], 0.5);
+    // As views of a cache that has room for more.
+    let [k, v] =
+        [k, v].map(|x| Tensor::cat(&[x, randn(&[4, 2, 8])], 0).transpose(0, 1).contiguous().narrow(1, 0, 9));
     for new in 1..=9 {
         let last = cached_attention_reference(&q.narrow(0, 9 - new, new), &k, &v, 0.5);
         let difference = (last - whole.narrow(0, 9 - new, new)).abs().max().double_value(&[]);

@@ -8,18 +8,19 @@ pub fn attention_reference(q: &Tensor, k: &Tensor, v: &Tensor, cu_seqlens: &[i64
     let parts: Vec<Tensor> = spans(cu_seqlens)
         .map(|(start, length)| {
             let rows = |x: &Tensor| x.narrow(0, start, length);
-            cached_attention_reference(&rows(q), &rows(k), &rows(v), scale)
+            cached_attention_reference(&rows(q), &by_head(&rows(k)), &by_head(&rows(v)), scale)
         })
         .collect();
     Tensor::cat(&parts, 0)
 }
 
 /// Attention of the last `q` rows of one sequence to all its keys so far: `q` `[new, heads, head_dim]`,
-/// `k`, `v` `[past + new, kv_heads, head_dim]`. Gives `[new, heads, head_dim]`.
+/// `k`, `v` `[kv_heads, past + new, head_dim]`, as a cache holds them. Gives `[new, heads, head_dim]`.
 pub fn cached_attention_reference(q: &Tensor, k: &Tensor, v: &Tensor, scale: f64) -> Tensor {
+    let (k, v) = (k.to_kind(Kind::Float), v.to_kind(Kind::Float));
     let probabilities =
-        masked_scores(&by_group(q, k.size()[1]), &by_head(k), q.size()[0], scale).softmax(-1, Kind::Float);
-    from_group(&probabilities.bmm(&by_head(v)), q.size()[1]).to_kind(q.kind())
+        masked_scores(&by_group(q, k.size()[0]), &k, q.size()[0], scale).softmax(-1, Kind::Float);
+    from_group(&probabilities.bmm(&v), q.size()[1]).to_kind(q.kind())
 }
 
 /// The natural logarithm of each row's sum of exponentials in [`attention_reference`], `[heads, tokens]` f32.
