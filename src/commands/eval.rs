@@ -439,7 +439,7 @@ fn no_answers(folder: &Path) -> anyhow::Error {
     )
 }
 
-/// Where more at once hardly answers more a second.
+/// How many at once when nobody says: a GPU needs more to be busy, and has the memory for them.
 fn batch_on(device: Device) -> usize {
     if device.is_cuda() { 64 } else { 16 }
 }
