@@ -97,8 +97,10 @@ impl Counts {
         let conditions = [Clause::From, Clause::Where, Clause::Having];
         let in_conditions = |word: &str| conditions.iter().map(|clause| count(*clause, word)).sum::<usize>();
         let nested = conditions.iter().map(|clause| nested_in(*clause, of(*clause))).sum::<usize>();
-        let connectives =
-            |clause: Clause| count(clause, "or") + count(clause, "and") - count(clause, "between");
+        // The `AND` of a `BETWEEN` is none; a query that was cut off has the one without the other.
+        let connectives = |clause: Clause| {
+            count(clause, "or") + count(clause, "and").saturating_sub(count(clause, "between"))
+        };
         let aggregates = columns(of(Clause::Select)).iter().filter(|column| is_aggregate(column)).count()
             + of(Clause::Order).filter(|one| one.as_deref().is_some_and(is_aggregate_name)).count()
             + count(Clause::Where, "not")
@@ -196,6 +198,7 @@ mod tests {
             ("SELECT a, b FROM t WHERE c = 1", Hardness::Medium),
             ("SELECT a FROM t JOIN u ON t.x = u.x WHERE b = 1", Hardness::Medium),
             ("SELECT a FROM t WHERE b BETWEEN 1 AND 2", Hardness::Easy),
+            ("SELECT a FROM t WHERE b BETWEEN 1", Hardness::Easy),
             ("SELECT a FROM t; SELECT a, b FROM u WHERE c = 1", Hardness::Easy),
             ("SELECT a FROM t WHERE b = ';' LIMIT 1;", Hardness::Medium),
             ("SELECT a, b FROM t WHERE c = 1 AND d = 2 ORDER BY a", Hardness::Extra),

@@ -1,10 +1,6 @@
-//! What an input may cost.
+//! What an input may take of the memory.
 
 use std::fs;
-use std::time::Duration;
-
-/// An input that takes longer hangs.
-pub const PATIENCE: Duration = Duration::from_secs(60);
 
 /// Address space that the process may take beyond what it had: no input is larger than 1 MiB.
 pub const MOST_KIB: u64 = 4 << 20;

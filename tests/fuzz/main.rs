@@ -18,9 +18,12 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use limits::{MOST_KIB, PATIENCE, address_space};
+use limits::{MOST_KIB, address_space};
 use mutate::Random;
 use targets::TARGETS;
+
+/// An input that takes longer hangs.
+const PATIENCE: Duration = Duration::from_secs(60);
 
 /// Where the tiny models lie.
 const FIXTURES: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures");
@@ -109,7 +112,7 @@ macro_rules! fuzzed {
 }
 
 fuzzed! {
-    records recipe template gguf safetensors weights model_config adapter_config adapter_tensors tokenizer_json
+    records schemas answer recipe template gguf safetensors weights model_config adapter_config adapter_tensors tokenizer_json
     tokenizer_config dataset_rows run_state nf4_cache
 }
 

@@ -17,6 +17,8 @@ use crate::targets::fixtures;
 pub fn of(target: &str) -> (Vec<Vec<u8>>, &'static [&'static str]) {
     match target {
         "records" => (dumps(), JSON),
+        "schemas" => (samples(&["spider/tables.json"]), JSON),
+        "answer" => (ANSWERS.map(|text| text.as_bytes().to_vec()).to_vec(), WORDS),
         "recipe" => (recipes(), TOML),
         "template" => (TEMPLATES.iter().map(|text| text.as_bytes().to_vec()).collect(), JINJA),
         "gguf" => (files(&["gguf/tiny-granite.gguf", "gguf/tiny-llama.gguf"]), GGUF),
@@ -82,6 +84,53 @@ const JINJA: &[&str] = &[
     "{% endif %}",
     "| replace('', messages)",
 ];
+const WORDS: &[&str] = &[
+    "SELECT ",
+    " FROM ",
+    " WHERE ",
+    " HAVING ",
+    " GROUP BY ",
+    " ORDER BY ",
+    " LIMIT ",
+    " BETWEEN ",
+    " AND ",
+    " OR ",
+    " NOT ",
+    " IN (",
+    "DISTINCT ",
+    "UNION ",
+    "YEAR(CURDATE())",
+    "> =",
+    "```sql\n",
+    "```",
+    "--",
+    "/*",
+    "'",
+    "\"",
+    "[",
+    ";",
+    "add(",
+    "divide(",
+    "#0",
+    "const_100",
+    "const_m1",
+    "table_max(",
+    "exp(",
+    "%",
+    "$",
+    "1,234.5",
+    "-",
+    "none",
+    ")",
+    ", ",
+];
+const ANSWERS: [&str; 5] = [
+    "```sql\nSELECT DISTINCT a, count(*) FROM t JOIN u ON t.x = u.x WHERE b BETWEEN 1 AND 2 OR NOT c LIKE 'x' GROUP BY a HAVING count(*) > 2 ORDER BY a DESC LIMIT 3;\n```",
+    "SELECT a FROM t WHERE b > = (SELECT max(b) FROM u) UNION SELECT YEAR(CURDATE()) -- all",
+    "subtract(164, 189), divide(#0, 189), table_max(net sales, none), exp(2, const_m1)",
+    "The answer is $ 1,234.50, which is -3.2% of 2e3.",
+    "#### 42\n\n[\"x\"] /* SELECT",
+];
 const GGUF: &[&str] =
     &["GGUF", "general.alignment", "tokenizer.ggml.tokens", "llama.block_count", "\u{9}\u{0}\u{0}\u{0}"];
 const SAFETENSORS: &[&str] = &[
@@ -116,6 +165,10 @@ fn recipes() -> Vec<Vec<u8>> {
         .iter()
         .map(|name| fs::read(fixtures().join("../../recipes").join(name)).unwrap())
         .collect()
+}
+
+fn samples(names: &[&str]) -> Vec<Vec<u8>> {
+    names.iter().map(|name| fs::read(fixtures().join("../../datasets/sample").join(name)).unwrap()).collect()
 }
 
 /// The same records as an array, wrapped, as lines, in gzip and in a zip.

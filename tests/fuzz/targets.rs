@@ -12,9 +12,12 @@ use granite::checkpoint::safetensors::MappedTensors;
 use granite::checkpoint::{adapter, tensor_file, tokenizer_files};
 use granite::data::example::{Message, Role};
 use granite::data::reader::read_records;
+use granite::data::source::spider::Schemas;
 use granite::data::store::{Dataset, Split};
 use granite::data::template::{ChatTemplate, Conversation};
 use granite::data::tokenizer::{ChatTokenizer, TokenizerFiles};
+use granite::eval::hardness::Hardness;
+use granite::eval::{fence, finance_program, number, rouge, sql};
 use granite::model::weights::TensorSource;
 use granite::recipe::{Recipe, TemplateSpec};
 
@@ -22,8 +25,10 @@ use granite::recipe::{Recipe, TemplateSpec};
 pub type Target = fn(&Path, &[u8]) -> Result<()>;
 
 /// All targets by name.
-pub const TARGETS: [(&str, Target); 14] = [
+pub const TARGETS: [(&str, Target); 16] = [
     ("records", records),
+    ("schemas", schemas),
+    ("answer", answer),
     ("recipe", recipe),
     ("template", template),
     ("gguf", gguf),
@@ -49,6 +54,31 @@ pub fn records(folder: &Path, bytes: &[u8]) -> Result<()> {
     let path = folder.join("dump");
     fs::write(&path, bytes)?;
     read_records::<serde_json::Value>(&path, &["train.json"], &["data"], &mut |_, _| Ok(()))
+}
+
+/// Spider's `tables.json`.
+pub fn schemas(folder: &Path, bytes: &[u8]) -> Result<()> {
+    let path = folder.join("tables.json");
+    fs::write(&path, bytes)?;
+    Schemas::read(&path)?;
+    Ok(())
+}
+
+/// What a model said, taken apart by every task that looks into answers.
+pub fn answer(_: &Path, bytes: &[u8]) -> Result<()> {
+    let text = String::from_utf8_lossy(bytes);
+    let query = sql::as_evaluated(&sql::extract(&text));
+    sql::orders_rows(&query);
+    Hardness::of(&text);
+    number::last(&text);
+    fence::code(&text);
+    rouge::rouge_l("the cat sat on the mat", &text);
+    let row = |cells: [&str; 3]| cells.map(str::to_string).to_vec();
+    finance_program::execute(
+        &text,
+        &[row(["", "2014", "2013"]), row(["net sales", "$ 1,200.5", "-4.1 ( 4.1 )"])],
+    )?;
+    Ok(())
 }
 
 /// A recipe.
