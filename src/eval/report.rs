@@ -18,6 +18,8 @@ pub const FORMAT_VERSION: u32 = 2;
 
 /// Answers of a task that the page shows; all of them are in the results' files.
 const SHOWN: usize = 20;
+/// Characters of a reference in the list of answers.
+const FORETASTE: usize = 90;
 /// Characters of a text that the page shows.
 const SHOWN_LETTERS: usize = 1500;
 
@@ -173,7 +175,8 @@ fn group_tables(report: &Report) -> String {
     for (name, measure) in measures(report) {
         let tasks: Vec<Option<&TaskSummary>> =
             report.models.iter().map(|model| model.tasks.iter().find(|one| one.name == name)).collect();
-        let Some(groups) = tasks.iter().flatten().map(|task| &task.groups).find(|groups| !groups.is_empty())
+        // A single part is the whole, which the scores have said.
+        let Some(groups) = tasks.iter().flatten().map(|task| &task.groups).find(|groups| groups.len() > 1)
         else {
             continue;
         };
@@ -271,7 +274,7 @@ fn verdict_table(report: &Report) -> String {
                 .map(|(name, count)| format!("{} {count}", name.replace('_', " ")))
                 .collect();
             if task.cut > 0 {
-                parts.push(format!("cut at the limit {}", task.cut));
+                parts.push(format!("of these, cut at the limit {}", task.cut));
             }
             parts.extend(
                 task.left_out
@@ -314,9 +317,9 @@ fn examples(shown: &Shown<'_>, names: &[&str]) -> String {
         }
         let _ = write!(
             html,
-            "<details><summary>{marks} {} {}</summary>\n<p>asked</p><pre>{}</pre>\n<p>reference</p><pre>{}</pre>\n{said}</details>\n",
+            "<details><summary>{marks} {} <small>{}</small></summary>\n<p>asked</p><pre>{}</pre>\n<p>reference</p><pre>{}</pre>\n{said}</details>\n",
             escape(&first.id),
-            escape(&first.group),
+            escape(&foretaste(first)),
             clipped(&first.question),
             clipped(&first.reference)
         );
@@ -331,6 +334,17 @@ fn mark(verdict: Verdict) -> &'static str {
         Verdict::Failed => "⚠",
         Verdict::NotAsked | Verdict::GoldFailed => "–",
     }
+}
+
+/// What tells a question from its neighbours in a list: its part, and how its reference begins.
+fn foretaste(one: &Answered) -> String {
+    let words: Vec<&str> = one.reference.split_whitespace().collect();
+    let whole = words.join(" ");
+    let short: String = whole.chars().take(FORETASTE).collect();
+    let dots = if short.len() < whole.len() { "…" } else { "" };
+    // Names of held-out examples begin with their part.
+    let part = if one.id.starts_with(&one.group) { "" } else { one.group.as_str() };
+    format!("{part} {short}{dots}")
 }
 
 fn clipped(text: &str) -> String {
@@ -386,6 +400,17 @@ mod tests {
             completion_tokens: 1,
             finished: true,
         }
+    }
+
+    #[test]
+    fn a_list_of_answers_tells_them_apart() {
+        let mut one = answered("easy");
+        one.reference = format!("SELECT  1\n{}", "x".repeat(200));
+        one.id = "7".to_string();
+        assert_eq!(foretaste(&one), format!("easy SELECT 1 {}…", "x".repeat(81)));
+        (one.id, one.group, one.reference) =
+            ("dolly#3".to_string(), "dolly".to_string(), "Paris".to_string());
+        assert_eq!(foretaste(&one), " Paris");
     }
 
     #[test]

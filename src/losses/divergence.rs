@@ -35,6 +35,22 @@ pub struct Divergence {
     pub flipped: i64,
     /// Their share.
     pub flipped_share: f64,
+    /// The parts of each row with a supervised token: intervals need them.
+    #[serde(skip)]
+    pub rows: Vec<RowParts>,
+}
+
+/// What a row adds.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct RowParts {
+    /// Supervised tokens.
+    pub tokens: f64,
+    /// Sum of their losses, in nats.
+    pub nats: f64,
+    /// Sum of their divergences, in nats.
+    pub divergence: f64,
+    /// How many are flipped.
+    pub flipped: f64,
 }
 
 /// What the reference predicts on some rows.
@@ -76,7 +92,9 @@ impl Reference {
         let bar = progress::bar(rows.len() as u64, "compare", "rows");
         let mut tally = Tally::default();
         for (row, seen) in rows.iter().zip(&self.rows) {
-            self.add_row(&mut tally, seen, decoder, row)?;
+            let mut of_row = Tally::default();
+            self.add_row(&mut of_row, seen, decoder, row)?;
+            tally.join(of_row);
             bar.inc(1);
         }
         bar.finish_and_clear();
@@ -117,9 +135,26 @@ struct Tally {
     divergences: Vec<f64>,
     nats: f64,
     flipped: i64,
+    rows: Vec<RowParts>,
 }
 
 impl Tally {
+    /// Takes what was counted of a row.
+    fn join(&mut self, row: Self) {
+        if row.divergences.is_empty() {
+            return;
+        }
+        self.rows.push(RowParts {
+            tokens: row.divergences.len() as f64,
+            nats: row.nats,
+            divergence: row.divergences.iter().sum(),
+            flipped: row.flipped as f64,
+        });
+        self.nats += row.nats;
+        self.flipped += row.flipped;
+        self.divergences.extend(row.divergences);
+    }
+
     /// `reference` and `other` are logits `[positions, vocab]`, `labels` `[positions]` i64.
     fn add(&mut self, reference: &Tensor, other: &Tensor, labels: &Tensor) -> Result<()> {
         let differs = reference.argmax(-1, false).ne_tensor(&other.argmax(-1, false));
@@ -150,6 +185,7 @@ impl Tally {
             kl_max,
             flipped: self.flipped,
             flipped_share: self.flipped as f64 / tokens as f64,
+            rows: self.rows,
         })
     }
 }
@@ -183,6 +219,21 @@ mod tests {
         let told = tally(&[1.0, 2.0, 0.5, 0.25], &[2.0, 1.0, 0.5, 0.25], 2).told().unwrap();
         assert_eq!((told.flipped, told.flipped_share), (1, 0.5));
         assert!(told.kl_max > 0.0 && (told.kl_mean - told.kl_max / 2.0).abs() < 1e-15);
+    }
+
+    #[test]
+    fn rows_are_kept_apart_and_summed_up() {
+        let mut whole = Tally::default();
+        whole.join(tally(&[0.0, 0.0, 0.0, 0.0], &[3f32.ln(), 0.0, 0.0, 0.0], 2));
+        // A row in which nothing is supervised.
+        whole.join(Tally::default());
+        whole.join(tally(&[1.0, 0.0], &[0.0, 1.0], 2));
+        let told = whole.told().unwrap();
+        assert_eq!((told.tokens, told.flipped, told.rows.len()), (3, 1, 2));
+        let sum = |of: fn(&RowParts) -> f64| told.rows.iter().map(of).sum::<f64>() / 3.0;
+        assert_eq!((sum(|row| row.tokens), sum(|row| row.flipped)), (1.0, told.flipped_share));
+        assert!((sum(|row| row.nats) - told.loss).abs() < 1e-12);
+        assert!((sum(|row| row.divergence) - told.kl_mean).abs() < 1e-12);
     }
 
     #[test]

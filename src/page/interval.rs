@@ -28,7 +28,8 @@ pub struct Span {
     pub high: f64,
 }
 
-/// A chart: `rows` are names with one span for each of `series`, where there is one. Nothing without any.
+/// A chart: `rows` are names with one span for each of `series`, where there is
+/// one; a single series needs no name. Nothing without any span.
 pub fn spans(title: &str, x_name: &str, series: &[String], rows: &[(String, Vec<Option<Span>>)]) -> String {
     let ends =
         || rows.iter().flat_map(|(_, spans)| spans.iter().flatten()).flat_map(|one| [one.low, one.high]);
@@ -36,7 +37,7 @@ pub fn spans(title: &str, x_name: &str, series: &[String], rows: &[(String, Vec<
         return String::new();
     }
     let axis = Axis::over(ends());
-    let row = GAP + LINE * series.len() as f64;
+    let row = GAP + LINE * series.len().max(1) as f64;
     let bottom = ABOVE + row * rows.len() as f64;
     let mut inside = grid(&axis, bottom) + &legend(series);
     for (at, (name, spans)) in rows.iter().enumerate() {

@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context as _, Result, ensure};
 use tch::Device;
 
-use self::report::{FormReport, Limits, Measured, MergeReport, Model};
+use self::report::{FormReport, Limits, Measured, MergeReport, Model, REFERENCE};
 use crate::checkpoint::adapter::{self, Adapter};
 use crate::checkpoint::base::BaseModel;
 use crate::checkpoint::form::Form;
@@ -148,13 +148,15 @@ impl Merge<'_> {
         // The next model takes its place in memory.
         drop(decoder);
         let (Some(plain), Some(adapted)) = (plain, adapted) else { return Ok(None) };
-        let mut models = vec![Model::new("base", plain), Model::new("base + adapter", adapted)];
+        let seed = self.recipe.eval.seed;
+        let mut models = vec![Model::new("base", plain, seed), Model::new(REFERENCE, adapted, seed)];
         for Written { form, staged, .. } in written {
             let choice = ModelChoice::Folder(staged.path().to_path_buf());
             let decoder = open::open(self.recipe, &choice, Path::new(""), self.device)
                 .with_context(|| format!("the model merged to {} cannot be opened again", form.name()))?
                 .decoder;
-            models.extend(reference.compare(&decoder, rows)?.map(|found| Model::new(form.name(), found)));
+            models
+                .extend(reference.compare(&decoder, rows)?.map(|found| Model::new(form.name(), found, seed)));
         }
         Ok(Some(Measured { rows: rows.len(), models }))
     }

@@ -2,9 +2,11 @@
 
 use std::fmt::Write as _;
 
-use super::report::{FormReport, Measured, MergeReport, Model};
+use super::report::{FormReport, Intervals, Measured, MergeReport, Model, REFERENCE};
 use crate::checkpoint::merge::Step;
+use crate::eval::statistics::{CONFIDENCE, Interval, RESAMPLES};
 use crate::losses::divergence::Divergence;
+use crate::page::interval::{Span, spans};
 use crate::page::{self, escape, heat};
 use crate::recipe::Projection;
 
@@ -55,22 +57,58 @@ fn comparison(measured: &Measured) -> String {
     let tokens = measured.models.first().map_or(0, |model| model.divergence.tokens);
     let mut table = format!(
         "<table class=\"numbers\">\n<caption>On {} held-out rows, {tokens} supervised tokens</caption>\n\
-         <tr><th></th><th>loss</th><th>KL, mean</th><th>99 %</th><th>max</th><th>flipped</th></tr>\n",
+         <tr><th>model</th><th>loss</th><th>KL, mean</th><th>KL, 99 %</th><th>KL, max</th><th>flipped</th></tr>\n",
         measured.rows
     );
-    for Model { name, divergence } in &measured.models {
-        let Divergence { loss, kl_mean, kl_p99, kl_max, flipped_share, .. } = divergence;
-        let _ = writeln!(
-            table,
-            "<tr><th>{}</th><td>{loss:.4}</td><td>{kl_mean:.2e}</td><td>{kl_p99:.2e}</td><td>{kl_max:.2e}</td>\
-             <td>{:.2} %</td></tr>",
-            escape(name),
-            flipped_share * 100.0
-        );
+    for model in &measured.models {
+        // Writing to a string cannot fail.
+        let _ = writeln!(table, "<tr><th>{}</th>{}</tr>", escape(&model.name), cells(model));
     }
     table
-        + "</table>\n<p>Loss and divergence in nats a token; the divergence is that of base + adapter from each model; \
-           flipped are tokens whose most likely word is another than base + adapter's.</p>\n"
+        + "</table>\n"
+        + &charts(&measured.models)
+        + &format!(
+            "<p>Loss and divergence (KL) are in nats a token; the divergence is that of {REFERENCE}, which is what was \
+             trained, from each model. Flipped are tokens whose most likely word is another than {REFERENCE}'s. In \
+             brackets and as lines: the middle {:.0} % of {RESAMPLES} resamples of the rows.</p>\n",
+            100.0 * CONFIDENCE
+        )
+}
+
+fn cells(model: &Model) -> String {
+    let Divergence { loss, kl_mean, kl_p99, kl_max, flipped_share, .. } = &model.divergence;
+    let Intervals { loss: of_loss, kl_mean: of_kl, flipped_share: of_flipped } = &model.intervals;
+    let loss = with_ends(*loss, *of_loss, |value| format!("{value:.4}"));
+    if model.is_reference() {
+        return format!("<td>{loss}</td>{}", "<td>–</td>".repeat(4));
+    }
+    let small = |value: f64| format!("{value:.2e}");
+    let percent = |value: f64| format!("{:.2}", 100.0 * value);
+    format!(
+        "<td>{loss}</td><td>{}</td><td>{}</td><td>{}</td><td>{} %</td>",
+        with_ends(*kl_mean, *of_kl, small),
+        small(*kl_p99),
+        small(*kl_max),
+        with_ends(*flipped_share, *of_flipped, percent)
+    )
+}
+
+fn with_ends(value: f64, interval: Option<Interval>, told: impl Fn(f64) -> String) -> String {
+    let ends = interval
+        .map(|Interval { low, high, .. }| format!(" <small>({} – {})</small>", told(low), told(high)));
+    told(value) + &ends.unwrap_or_default()
+}
+
+/// Losses and flipped words with their intervals.
+fn charts(models: &[Model]) -> String {
+    let rows = |shown: &dyn Fn(&Model) -> Option<Interval>| -> Vec<(String, Vec<Option<Span>>)> {
+        let span = |Interval { estimate, low, high }| Span { estimate, low, high };
+        let row = |model: &Model| Some((model.name.clone(), vec![Some(span(shown(model)?))]));
+        models.iter().filter_map(row).collect()
+    };
+    let flipped = |model: &Model| model.intervals.flipped_share.filter(|_| !model.is_reference());
+    spans("Loss on held-out rows", "nats a token", &[], &rows(&|model| model.intervals.loss))
+        + &spans("Tokens whose most likely word is another", "share", &[], &rows(&flipped))
 }
 
 fn layers(title: &str, steps: &[Step], value: impl Fn(&Step) -> f64) -> String {

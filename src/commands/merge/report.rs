@@ -8,7 +8,8 @@ use serde::Serialize;
 use super::page;
 use crate::checkpoint::form::Form;
 use crate::checkpoint::merge::{Step, UpdateSize};
-use crate::losses::divergence::Divergence;
+use crate::eval::statistics::{self, Interval};
+use crate::losses::divergence::{Divergence, RowParts};
 use crate::output;
 use crate::progress::note;
 
@@ -65,14 +66,46 @@ pub struct Model {
     pub name: String,
     #[serde(flatten)]
     pub divergence: Divergence,
+    pub intervals: Intervals,
+}
+
+/// What resamples of the rows give; absent where a figure is no number.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+pub struct Intervals {
+    pub loss: Option<Interval>,
+    pub kl_mean: Option<Interval>,
+    pub flipped_share: Option<Interval>,
+}
+
+impl Intervals {
+    fn of(rows: &[RowParts], seed: u64) -> Self {
+        let ratio = |part: fn(&RowParts) -> f64| {
+            let parts: Vec<(f64, f64)> = rows.iter().map(|row| (part(row), row.tokens)).collect();
+            statistics::ratio(&parts, seed).filter(|found| found.estimate.is_finite())
+        };
+        Self {
+            loss: ratio(|row| row.nats),
+            kl_mean: ratio(|row| row.divergence),
+            flipped_share: ratio(|row| row.flipped),
+        }
+    }
 }
 
 impl Model {
-    /// A model under a name.
-    pub fn new(name: &str, divergence: Divergence) -> Self {
-        Self { name: name.to_string(), divergence }
+    /// A model under a name; `seed` chooses the resamples of its intervals.
+    pub fn new(name: &str, divergence: Divergence, seed: u64) -> Self {
+        let intervals = Intervals::of(&divergence.rows, seed);
+        Self { name: name.to_string(), divergence, intervals }
+    }
+
+    /// Whether the others' divergence is from this one.
+    pub fn is_reference(&self) -> bool {
+        self.name == REFERENCE
     }
 }
+
+/// What was trained, as the others are measured from it.
+pub const REFERENCE: &str = "base + adapter";
 
 /// The first two models are what the forms are measured beside.
 const YARDSTICKS: usize = 2;
@@ -95,7 +128,7 @@ impl Limits {
     /// What is beyond a limit, or is no number.
     pub fn beyond(&self, models: &[Model]) -> Vec<String> {
         let mut beyond = Vec::new();
-        for Model { name, divergence } in models.iter().skip(YARDSTICKS) {
+        for Model { name, divergence, .. } in models.iter().skip(YARDSTICKS) {
             let found = [
                 ("mean KL divergence", "--max-kl", divergence.kl_mean, self.kl),
                 ("share of flipped words", "--max-flips", divergence.flipped_share, self.flips),
@@ -140,7 +173,7 @@ impl MergeReport {
         let Some(Measured { rows, models }) = &self.measured else { return };
         let tokens = models.first().map_or(0, |model| model.divergence.tokens);
         note(format!("on {rows} held-out rows, {tokens} tokens:"));
-        for Model { name, divergence } in models {
+        for Model { name, divergence, .. } in models {
             let Divergence { loss, kl_mean, kl_p99, kl_max, flipped_share, .. } = divergence;
             note(format!(
                 "  {name:<15} loss {loss:.4}  KL mean {kl_mean:.2e}, p99 {kl_p99:.2e}, max {kl_max:.2e}  flipped {:.2} %",
@@ -151,6 +184,7 @@ impl MergeReport {
 }
 
 #[cfg(test)]
+#[expect(clippy::unwrap_used, reason = "a test says what failed by panicking")]
 mod tests {
     use super::*;
 
@@ -163,8 +197,20 @@ mod tests {
             kl_max: kl_mean,
             flipped: 0,
             flipped_share,
+            rows: Vec::new(),
         };
-        Model::new(name, divergence)
+        Model::new(name, divergence, 1)
+    }
+
+    #[test]
+    fn intervals_are_of_rows_and_none_is_of_what_is_no_number() {
+        let row = |nats, divergence| RowParts { tokens: 2.0, nats, divergence, flipped: 1.0 };
+        let found = Intervals::of(&[row(2.0, 0.1), row(6.0, f64::NAN), row(4.0, 0.1)], 3);
+        let loss = found.loss.unwrap();
+        assert_eq!((loss.estimate, loss.low, loss.high), (2.0, 1.0, 3.0));
+        assert_eq!(found.flipped_share.unwrap(), Interval { estimate: 0.5, low: 0.5, high: 0.5 });
+        assert_eq!(found.kl_mean, None);
+        assert_eq!(Intervals::of(&[], 3).loss, None);
     }
 
     #[test]
