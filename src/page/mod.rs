@@ -20,6 +20,7 @@ td { font-variant-numeric: tabular-nums; } tr + tr > * { border-top: 1px solid v
 pre { white-space: pre-wrap; overflow-wrap: anywhere; font-size: 12.5px; margin: .3rem 0 1rem; padding: .5rem .8rem; border-left: 3px solid var(--faint); }
 summary { cursor: pointer; } details > p { margin: .3rem 0; }
 .numbers th:not(:first-child), .numbers td:not(:first-child) { text-align: right; padding: .2rem 0 .2rem 1.5rem; }
+.numbers small { white-space: nowrap; }
 ";
 
 /// A whole page; `title` is plain text, `body` is HTML.
