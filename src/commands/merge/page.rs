@@ -57,7 +57,7 @@ fn comparison(measured: &Measured) -> String {
     let tokens = measured.models.first().map_or(0, |model| model.divergence.tokens);
     let mut table = format!(
         "<table class=\"numbers\">\n<caption>On {} held-out rows, {tokens} supervised tokens</caption>\n\
-         <tr><th>model</th><th>loss</th><th>KL, mean</th><th>KL, 99 %</th><th>KL, max</th><th>flipped</th></tr>\n",
+         <tr><th>model</th><th>loss</th><th>KL, mean</th><th>KL, 99 %</th><th>KL, max</th><th>flipped, %</th></tr>\n",
         measured.rows
     );
     for model in &measured.models {
@@ -82,10 +82,11 @@ fn cells(model: &Model) -> String {
     if model.is_reference() {
         return format!("<td>{loss}</td>{}", "<td>–</td>".repeat(4));
     }
-    let small = |value: f64| format!("{value:.2e}");
+    // A line may break behind a hyphen, and not behind a minus.
+    let small = |value: f64| format!("{value:.2e}").replace('-', "−");
     let percent = |value: f64| format!("{:.2}", 100.0 * value);
     format!(
-        "<td>{loss}</td><td>{}</td><td>{}</td><td>{}</td><td>{} %</td>",
+        "<td>{loss}</td><td>{}</td><td>{}</td><td>{}</td><td>{}</td>",
         with_ends(*kl_mean, *of_kl, small),
         small(*kl_p99),
         small(*kl_max),
@@ -123,5 +124,8 @@ fn layers(title: &str, steps: &[Step], value: impl Fn(&Step) -> f64) -> String {
         row
     };
     let values: Vec<Vec<f64>> = names.iter().map(|name| row(name)).collect();
+    if values.iter().flatten().all(|value| *value == 0.0) {
+        return format!("<h2>{}</h2>\n<p>Nothing.</p>\n", escape(title));
+    }
     heat::map(title, &names, &columns, &values)
 }
