@@ -253,7 +253,7 @@ fn comparison_table(comparisons: &[Comparison]) -> String {
         let Interval { estimate, low, high } = paired.difference;
         let name = format!("{} − {}: {of} {}", escape(second), escape(first), escape(measure));
         let cells = [
-            format!("{estimate:+.3} <small>({low:+.3} – {high:+.3})</small>"),
+            format!("{estimate:+.4} <small>({low:+.4} – {high:+.4})</small>"),
             format!("{:.4} <small>{test}</small>", paired.p_value),
             paired.larger.to_string(),
             paired.smaller.to_string(),
