@@ -73,6 +73,10 @@ pub struct PrepareArgs {
     #[arg(long, value_name = "N")]
     pub show: Option<usize>,
 
+    /// Tolerate so many bad records of each source: they are left out and listed.
+    #[arg(long, value_name = "N")]
+    pub skip_bad: Option<usize>,
+
     /// Keep duplicates; near ones then lie in one split. They are reported all the same.
     #[arg(long)]
     pub keep_duplicates: bool,

@@ -30,6 +30,7 @@ pub fn run(args: &PrepareArgs) -> Result<()> {
     let mut recipe = Recipe::load(&args.recipe.recipe, &args.recipe.overrides)?;
     recipe.data.duplicates.keep |= args.keep_duplicates;
     recipe.data.contamination.keep |= args.keep_contaminated;
+    recipe.data.skip_bad = args.skip_bad.unwrap_or(recipe.data.skip_bad);
     let (files, config) = open_tokenizer(&recipe.model.base)?;
     if let Some(count) = args.show {
         return show(&recipe, &files, count);
@@ -145,6 +146,14 @@ fn tell(folder: &Path, manifest: &Manifest, seconds: f64) {
     }
     for (name, split) in [("train", &manifest.train), ("validation", &manifest.validation)] {
         note(split_line(name, split, manifest.sequence_length));
+    }
+    for (source, one) in
+        manifest.sources.iter().flat_map(|source| source.skipped.iter().map(move |one| (source, one)))
+    {
+        note(format!(
+            "skipped: source `{}`, `{}`, record {}: {}",
+            source.name, one.file, one.record, one.reason
+        ));
     }
     for source in manifest.sources.iter().filter(|source| !source.commercial_use) {
         note(format!(

@@ -216,6 +216,7 @@ mod tests {
         let mut example = Example {
             messages: vec![Message::new(Role::User, content), Message::new(Role::Assistant, "B\u{200b}.")],
             document: "a\u{200b}".to_string(),
+            file: 0,
             record: 7,
             question: place(" Sum")..place("\n\nA"),
             cuts: vec![Cut { message: 0, bytes: place("A ")..place(" \u{feff}"), edge: Edge::Tail }],

@@ -335,6 +335,7 @@ mod tests {
             question: context.len()..content.len(),
             messages: vec![Message::new(Role::User, content), Message::new(Role::Assistant, response)],
             document: "d".to_string(),
+            file: 0,
             record: 1,
             cuts: Vec::new(),
         }

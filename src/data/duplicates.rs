@@ -210,6 +210,7 @@ mod tests {
             question: context.len()..content.len(),
             messages: vec![Message::new(Role::User, content), Message::new(Role::Assistant, response)],
             document: String::new(),
+            file: 0,
             record: 1,
             cuts: Vec::new(),
         }

@@ -79,7 +79,9 @@ pub struct Example {
     pub messages: Vec<Message>,
     /// What it was made from, within its source: examples of one document never part between splits.
     pub document: String,
-    /// The record of the source's file, counted from 1.
+    /// The file of the source, counted from 0.
+    pub file: u32,
+    /// The record of that file, counted from 1.
     pub record: u32,
     /// Bytes of the first user turn that ask: what stands around them is a schema, a page or other context.
     ///
@@ -157,6 +159,7 @@ mod tests {
         Example {
             messages: Vec::new(),
             document: document.to_string(),
+            file: 0,
             record: 1,
             question: 0..0,
             cuts: Vec::new(),

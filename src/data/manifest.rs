@@ -68,6 +68,9 @@ pub struct SourceReport {
     /// The first few duplicates and contaminated examples; all of them are in `screened.jsonl`.
     #[serde(default)]
     pub findings: Vec<Finding>,
+    /// Records that could not be read, and were tolerated.
+    #[serde(default)]
+    pub skipped: Vec<SkippedRecord>,
     /// Characters that were removed.
     #[serde(default)]
     pub cleaned: Cleaned,
@@ -81,6 +84,17 @@ pub struct SourceReport {
     pub train: Counts,
     /// What is held out.
     pub validation: Counts,
+}
+
+/// A record that could not be read.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SkippedRecord {
+    /// The file, as the recipe names it or its folder.
+    pub file: String,
+    /// Counted from 1.
+    pub record: u32,
+    /// What is wrong with it.
+    pub reason: String,
 }
 
 /// Sizes of a part of the dataset.

@@ -71,19 +71,19 @@ pub fn shortfall(short: &[&Demand<'_>]) -> anyhow::Error {
 
 /// The order in which examples are taken: by keyed hash, whatever their place in the dump.
 pub fn order(seed: u64, source: &str, examples: &[Example]) -> Vec<usize> {
-    let mut keyed: Vec<([u8; 32], usize)> = examples
-        .iter()
-        .enumerate()
-        .map(|(at, example)| {
-            let mut hash = Sha256::new();
-            hash.update(seed.to_le_bytes());
-            hash.update(source);
-            hash.update(example.identity());
-            (hash.finalize().into(), at)
-        })
-        .collect();
+    let keys = examples.iter().map(|example| key(seed, source, example));
+    let mut keyed: Vec<([u8; 32], usize)> = keys.zip(0..).collect();
     keyed.sort_unstable();
     keyed.into_iter().map(|(_, at)| at).collect()
+}
+
+/// The place of an example in the order of its source.
+pub fn key(seed: u64, source: &str, example: &Example) -> [u8; 32] {
+    let mut hash = Sha256::new();
+    hash.update(seed.to_le_bytes());
+    hash.update(source);
+    hash.update(example.identity());
+    hash.finalize().into()
 }
 
 #[cfg(test)]
@@ -124,6 +124,7 @@ mod tests {
             .map(|at| Example {
                 messages: vec![Message::new(Role::User, at.to_string())],
                 document: String::new(),
+                file: 0,
                 record: at,
                 question: 0..0,
                 cuts: Vec::new(),

@@ -81,10 +81,7 @@ impl Stopwatch {
 pub fn prepare(recipe: &Recipe, files: &TokenizerFiles, model_vocab_size: Option<i64>) -> Result<Prepared> {
     let mut watch = Stopwatch::start();
     let spec = &recipe.data;
-    let (tokenizer, collected) = rayon::join(
-        || ChatTokenizer::new(files, &spec.template),
-        || collect(&spec.sources, spec.template.format),
-    );
+    let (tokenizer, collected) = rayon::join(|| ChatTokenizer::new(files, &spec.template), || collect(spec));
     let (tokenizer, mut collected) = (tokenizer?, collected?);
     watch.lap("read");
     let screened = screen(&mut collected, spec)?;
@@ -97,7 +94,7 @@ pub fn prepare(recipe: &Recipe, files: &TokenizerFiles, model_vocab_size: Option
     let mut sampled = Vec::with_capacity(collected.len());
     let mut input = 0;
     for (index, (source, quota)) in collected.into_iter().zip(quotas).enumerate() {
-        // The file of the records is the first that a source names.
+        // The files of the records are the first that a source names.
         let (place, files) = ((u16::try_from(index)?, input), u32::try_from(source.inputs.len())?);
         sampled.push(sample(recipe, &tokenizer, place, source, quota, &screened, &bar)?);
         input += files;
@@ -138,23 +135,23 @@ pub fn preview(
     recipe: &Recipe,
     tokenizer: &ChatTokenizer,
     count: usize,
-) -> Result<Vec<(&'static str, Example, Fitted)>> {
+) -> Result<Vec<(String, Example, Fitted)>> {
     let spec = &recipe.data;
-    let mut collected = collect(&spec.sources, spec.template.format)?;
+    let mut collected = collect(spec)?;
     screen(&mut collected, spec)?;
     let quotas = quotas(&demands(&collected), spec.on_shortfall)?;
     let orders: Vec<Vec<usize>> = collected
         .iter()
         .zip(&quotas)
         .map(|(source, quota)| {
-            order(spec.seed, source.kind.name(), &source.examples).into_iter().take(*quota).collect()
+            order(spec.seed, &source.name, &source.examples).into_iter().take(*quota).collect()
         })
         .collect();
     let longest = orders.iter().map(Vec::len).max().unwrap_or(0);
     let in_turn = (0..longest).flat_map(|at| {
         collected.iter().zip(&orders).filter_map(move |(source, order)| {
             let example = source.examples.get(*order.get(at)?)?;
-            Some((source.kind.name(), example))
+            Some((source.name.as_str(), example))
         })
     });
     let mut shown = Vec::with_capacity(count);
@@ -163,7 +160,7 @@ pub fn preview(
             break;
         }
         if let Some(fitted) = fit(tokenizer, example, spec.sequence_length)? {
-            shown.push((name, example.clone(), fitted));
+            shown.push((name.to_string(), example.clone(), fitted));
         }
     }
     Ok(shown)
@@ -172,11 +169,7 @@ pub fn preview(
 fn demands(collected: &[Collected]) -> Vec<Demand<'_>> {
     collected
         .iter()
-        .map(|source| Demand {
-            name: source.kind.name(),
-            asked: source.asked,
-            available: source.examples.len(),
-        })
+        .map(|source| Demand { name: &source.name, asked: source.asked, available: source.examples.len() })
         .collect()
 }
 
@@ -191,7 +184,7 @@ fn sample(
     bar: &ProgressBar,
 ) -> Result<Sampled> {
     let spec = &recipe.data;
-    let name = source.kind.name();
+    let name = source.name.as_str();
     let mut waiting = order(spec.seed, name, &source.examples).into_iter();
     let mut dropped = source.dropped;
     let (mut taken, mut refusal) = (Vec::with_capacity(quota), None);
@@ -239,15 +232,16 @@ fn sample(
         return Err(shortfall(&[&Demand { name, asked: source.asked, available }]));
     }
     // The order of the dump is the one that a reader can follow.
-    taken.sort_by_key(|one| one.lineage.record);
-    let not_sampled = waiting.count();
-    let mut report = report(source.kind, source.asked, source.read, not_sampled, &dropped, &taken)?;
+    taken.sort_by_key(|one| (one.lineage.input, one.lineage.record));
+    let not_sampled = waiting.count() + source.passed_over;
+    let mut report = report(name, &source.card, not_sampled, &dropped, &taken);
+    (report.asked, report.read, report.skipped) = (source.asked, source.read, source.skipped);
     tell_findings(&mut report, source.cleaned, screened);
     Ok(Sampled { report, taken })
 }
 
 /// The split of an example's document, or of the one that its duplicates tie it to.
-fn split_for(links: &Links, source: &'static str, example: &Example, fraction: f64) -> Split {
+fn split_for(links: &Links, source: &str, example: &Example, fraction: f64) -> Split {
     let (source, document) = links.decider(source, &example.document);
     split_of(source, document, fraction)
 }
@@ -282,7 +276,7 @@ fn take(example: &Example, fitted: Fitted, (source, input): (u16, u32), split: S
         tokens: u32::try_from(fitted.encoded.ids.len())?,
         supervised_tokens: u32::try_from(supervised)?,
         shortened: fitted.shortened,
-        input,
+        input: input + example.file,
         turns: fitted.turns.clone(),
     };
     let Fitted { encoded, .. } = fitted;
@@ -292,14 +286,12 @@ fn take(example: &Example, fitted: Fitted, (source, input): (u16, u32), split: S
 }
 
 fn report(
-    kind: super::source::SourceKind,
-    asked: Option<usize>,
-    read: usize,
+    name: &str,
+    card: &SourceCard,
     not_sampled: usize,
     dropped: &BTreeMap<Reason, usize>,
     taken: &[Taken],
-) -> Result<SourceReport> {
-    let card = SourceCard::of(kind)?;
+) -> SourceReport {
     let counts = |split| {
         let mut counts = Counts::default();
         for one in taken.iter().filter(|one| one.lineage.split == split) {
@@ -311,24 +303,20 @@ fn report(
     let tokens = (train.tokens + validation.tokens).max(1);
     let mut audit = MaskAudit::default();
     taken.iter().for_each(|one| audit.add(one.responses));
-    Ok(SourceReport {
-        name: kind.name().to_string(),
-        licence: card.licence,
+    SourceReport {
+        name: name.to_string(),
+        licence: card.licence.clone(),
         commercial_use: card.commercial_use,
-        asked,
-        read,
         not_sampled,
         taken: taken.len(),
         shortened: taken.iter().filter(|one| one.lineage.shortened).count(),
         dropped: dropped.iter().map(|(reason, count)| (reason.name().to_string(), *count)).collect(),
-        kept: BTreeMap::new(),
-        findings: Vec::new(),
-        cleaned: Cleaned::default(),
         supervised_share: (train.supervised_tokens + validation.supervised_tokens) as f64 / tokens as f64,
         audit,
         train,
         validation,
-    })
+        ..SourceReport::default()
+    }
 }
 
 /// Packs each split by itself; the examples' numbers are their places in `taken`.

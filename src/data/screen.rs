@@ -58,7 +58,7 @@ pub struct Screened {
     /// Every example found, by source and record.
     pub findings: Vec<Finding>,
     /// Examples found but kept, by source and reason.
-    pub kept: HashMap<&'static str, BTreeMap<&'static str, usize>>,
+    pub kept: HashMap<String, BTreeMap<&'static str, usize>>,
     /// Documents that go to one split because they hold duplicates of each other.
     pub links: Links,
     /// The evaluation sets that were read.
@@ -68,16 +68,16 @@ pub struct Screened {
 /// Documents joined by duplicates that stay: each leads to the first of its kind.
 #[derive(Debug, Default)]
 pub struct Links {
-    leads_to: HashMap<(&'static str, String), (&'static str, String)>,
+    leads_to: HashMap<(String, String), (String, String)>,
 }
 
 impl Links {
     /// The source and document that decide the split of `document`.
-    pub fn decider<'a>(&'a self, source: &'static str, document: &'a str) -> (&'static str, &'a str) {
+    pub fn decider<'a>(&'a self, source: &'a str, document: &'a str) -> (&'a str, &'a str) {
         let mut found = (source, document);
         // An empty map is the usual case, and costs no copy of the document.
         while !self.leads_to.is_empty() {
-            match self.leads_to.get(&(found.0, found.1.to_string())) {
+            match self.leads_to.get(&(found.0.to_string(), found.1.to_string())) {
                 Some((source, document)) => found = (source, document),
                 None => break,
             }
@@ -85,8 +85,8 @@ impl Links {
         found
     }
 
-    fn join(&mut self, first: (&'static str, &str), again: (&'static str, &str)) {
-        let owned = |(source, document): (&'static str, &str)| (source, document.to_string());
+    fn join(&mut self, first: (&str, &str), again: (&str, &str)) {
+        let owned = |(source, document): (&str, &str)| (source.to_string(), document.to_string());
         let (one, other) = (owned(self.decider(first.0, first.1)), owned(self.decider(again.0, again.1)));
         if one != other {
             self.leads_to.insert(other, one);
@@ -124,7 +124,7 @@ fn decontaminate(source: &mut Collected, sets: &EvaluationSets, spec: &DataSpec,
             question: quoted(&item.question),
             response: quoted(&item.response),
         };
-        let name = source.kind.name();
+        let name = source.name.as_str();
         screened.findings.push(finding(name, example, Reason::Contaminated, keep, how.describe(), of));
     }
     leave_out(source, &[(Reason::Contaminated, found)], keep, screened);
@@ -138,7 +138,7 @@ fn deduplicate(collected: &mut [Collected], spec: &DataSpec, screened: &mut Scre
         .collect();
     let example = |(source, at): (usize, usize)| {
         let source: &Collected = collected.get(source)?;
-        Some((source.kind.name(), source.examples.get(at)?))
+        Some((source.name.as_str(), source.examples.get(at)?))
     };
     let sketches: Vec<Sketch> = places
         .par_iter()
@@ -190,7 +190,7 @@ fn leave_out(
 ) {
     for (reason, found) in found.iter().filter(|(_, found)| !found.is_empty()) {
         if keep {
-            let kept = screened.kept.entry(source.kind.name()).or_default();
+            let kept = screened.kept.entry(source.name.clone()).or_default();
             kept.insert(reason.name(), found.len());
         } else {
             *source.dropped.entry(*reason).or_default() += found.len();

@@ -360,7 +360,7 @@ mod tests {
         assert_eq!(recipe.lora.rank, 16);
         assert_eq!(recipe.train.lr, 1e-4);
         assert_eq!(recipe.model.base, "a/b");
-        assert_eq!(recipe.data.sources.dolly.unwrap().path, PathBuf::from("d.jsonl"));
+        assert_eq!(recipe.data.sources.dolly.unwrap().path, crate::recipe::Paths::from("d.jsonl"));
     }
 
     #[test]

@@ -4,8 +4,10 @@
 //! Relative paths are relative to the working directory, as on a command line.
 
 mod load;
+mod sources;
 
 pub use load::{Override, RecipeError};
+pub use sources::{CardSpec, ConvFinQaSpec, ConvFinQaTarget, Paths, SourceSpec, SourcesSpec, SpiderSpec};
 
 use std::path::PathBuf;
 
@@ -75,6 +77,9 @@ pub struct DataSpec {
     pub validation_fraction: f64,
     /// What to do when a source has fewer examples than asked for.
     pub on_shortfall: OnShortfall,
+    /// Records of each source that may be bad: they are left out and listed.
+    #[serde(skip_serializing_if = "is_zero")]
+    pub skip_bad: usize,
     /// Which examples count as said before.
     pub duplicates: DuplicatesSpec,
     /// Which evaluation sets the examples must not hold.
@@ -93,12 +98,18 @@ impl Default for DataSpec {
             seed: 17,
             validation_fraction: 0.02,
             on_shortfall: OnShortfall::default(),
+            skip_bad: 0,
             duplicates: DuplicatesSpec::default(),
             contamination: ContaminationSpec::default(),
             template: TemplateSpec::default(),
             sources: SourcesSpec::default(),
         }
     }
+}
+
+/// What is off by default is not written down, so that older datasets stay what they are.
+fn is_zero(count: &usize) -> bool {
+    *count == 0
 }
 
 /// What to do when a source has fewer examples than asked for. Never: fill up with copies.
@@ -179,68 +190,6 @@ pub enum TemplateFormat {
     Model,
     /// The Stanford Alpaca prompt.
     Alpaca,
-}
-
-/// The sources of the mixture; one that is absent contributes nothing.
-#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
-#[serde(deny_unknown_fields, default)]
-pub struct SourcesSpec {
-    /// Databricks Dolly 15k.
-    pub dolly: Option<SourceSpec>,
-    /// Finance-Alpaca.
-    pub finance_alpaca: Option<SourceSpec>,
-    /// ConvFinQA.
-    pub convfinqa: Option<ConvFinQaSpec>,
-    /// Spider, with its schemas.
-    pub spider: Option<SpiderSpec>,
-    /// CodeAlpaca.
-    pub code_alpaca: Option<SourceSpec>,
-}
-
-/// A source that is one file.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct SourceSpec {
-    /// The dump: JSON array or JSON Lines, plain, `.gz` or `.zip`.
-    pub path: PathBuf,
-    /// How many examples to sample; `None` takes all.
-    pub examples: Option<usize>,
-}
-
-/// ConvFinQA.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct ConvFinQaSpec {
-    /// `train.json` in the upstream form, plain, `.gz` or the upstream `data.zip`.
-    pub path: PathBuf,
-    /// How many examples (conversations) to sample; `None` takes all.
-    pub examples: Option<usize>,
-    /// What an assistant turn says.
-    #[serde(default)]
-    pub target: ConvFinQaTarget,
-}
-
-/// What an assistant turn of ConvFinQA says.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum ConvFinQaTarget {
-    /// The program, then the executed answer.
-    #[default]
-    ProgramThenAnswer,
-    /// The executed answer.
-    Answer,
-}
-
-/// Spider.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct SpiderSpec {
-    /// `train_spider.json`, full or slim form.
-    pub path: PathBuf,
-    /// `tables.json`: the schemas. Without it a question cannot be answered.
-    pub tables: PathBuf,
-    /// How many examples to sample; `None` takes all.
-    pub examples: Option<usize>,
 }
 
 /// The adapter.

@@ -4,5 +4,6 @@
 
 mod chat;
 mod fixture;
+mod forms;
 mod pipeline;
 mod trusted;

@@ -1,4 +1,8 @@
 //! ConvFinQA: conversations over a page of a financial report, one example each, every answer supervised.
+//!
+//! Upstream has files of conversations and files of turns. A record of the latter holds the whole conversation too, and
+//! says how far it has come, so the conversation is taken once, from its last turn. Of the re-packagings, one spells the
+//! table as columns of numbers; the other has the table as text, questions, and the answer to the last of them.
 
 use std::fmt::Write as _;
 
@@ -6,7 +10,7 @@ use anyhow::{Context as _, Result, anyhow};
 use serde::Deserialize;
 use serde_json::{Map, Value};
 
-use super::{Outcome, Reason, Source};
+use super::{Outcome, Reason, Source, folded};
 use crate::data::example::{Cut, Edge, Example, Message, Role};
 use crate::error::user_error;
 use crate::recipe::ConvFinQaTarget;
@@ -14,19 +18,60 @@ use crate::recipe::ConvFinQaTarget;
 /// Names of the file in an archive.
 pub const MEMBERS: &[&str] = &["train.json"];
 
-/// A record of either form in circulation.
+/// What stands before a question behind a page.
+const QUESTION: &str = "Question: ";
+
+/// A record of any form in circulation.
 #[derive(Debug, Deserialize)]
 pub(super) struct Record {
-    id: String,
+    id: Option<String>,
     filename: Option<String>,
-    // Upstream.
-    pre_text: Option<Vec<String>>,
-    post_text: Option<Vec<String>>,
-    table: Option<Vec<Vec<String>>>,
+    // Upstream, and the flattened re-packaging.
+    pre_text: Option<Text>,
+    post_text: Option<Text>,
+    table: Option<Table>,
     annotation: Option<Annotation>,
-    // The repackaging with `{"dev": […]}`.
+    // The re-packaging with `{"dev": […]}`.
     doc: Option<Document>,
     dialogue: Option<Dialogue>,
+    // The flattened one.
+    questions: Option<Vec<String>>,
+    program: Option<String>,
+    answer: Option<Value>,
+}
+
+/// Sentences, or the text that they make.
+#[derive(Debug, Deserialize)]
+#[serde(untagged, expecting = "expected text or a list of sentences")]
+enum Text {
+    Sentences(Vec<String>),
+    Whole(String),
+}
+
+impl Text {
+    fn join(self) -> String {
+        match self {
+            Self::Sentences(sentences) => sentences.join(" "),
+            Self::Whole(text) => text.trim().to_string(),
+        }
+    }
+}
+
+/// Rows of cells, or a table that is spelt out.
+#[derive(Debug, Deserialize)]
+#[serde(untagged, expecting = "expected rows of cells or text")]
+enum Table {
+    Rows(Vec<Vec<String>>),
+    Text(String),
+}
+
+impl Table {
+    fn spelt(&self) -> String {
+        match self {
+            Self::Rows(rows) => table_of_rows(rows),
+            Self::Text(text) => text.trim().to_string(),
+        }
+    }
 }
 
 /// The conversation as upstream has it; `qa` or `qa_0` and `qa_1` beside it say the same of the last turns.
@@ -36,6 +81,8 @@ struct Annotation {
     turn_program: Vec<String>,
     #[serde(default)]
     exe_ans_list: Vec<Value>,
+    /// In a file of turns: the questions up to this one.
+    cur_dial: Option<Vec<String>>,
 }
 
 #[derive(Debug, Deserialize)]
@@ -55,13 +102,15 @@ struct Dialogue {
     executed_answers: Vec<Value>,
 }
 
-/// What both forms say.
+/// What all forms say.
 struct Page {
     before: String,
     table: String,
     after: String,
     questions: Vec<String>,
+    /// As many as answers, or none.
     programs: Vec<String>,
+    /// To the last questions: to all of them, but in the flattened form.
     answers: Vec<Value>,
 }
 
@@ -92,13 +141,28 @@ impl Source for ConvFinQa {
     type Record = Record;
 
     fn example(&self, number: u32, record: Record) -> Result<Outcome> {
+        if record.is_earlier_turn() {
+            return Ok(Err(Reason::EarlierTurn));
+        }
         let document = document_of(&record);
+        let (name, is_flat) = (record.name(), record.questions.is_some());
         let page = record.page()?;
         let turns = page.questions.len();
         if turns == 0 {
             return Ok(Err(Reason::EmptyQuestion));
         }
-        if page.programs.len() != turns || page.answers.len() != turns {
+        if page.programs.is_empty() && is_flat && self.target == ConvFinQaTarget::ProgramThenAnswer {
+            return Err(user_error(
+                format!("conversation `{name}` has no program: the flattened form has answers only"),
+                "set `data.sources.convfinqa.target` to `answer`, or name the upstream `train.json`",
+            ));
+        }
+        let are_whole = if is_flat {
+            page.answers.len() == 1 && page.programs.len() <= 1
+        } else {
+            page.programs.len() == turns && page.answers.len() == turns
+        };
+        if !are_whole {
             return Ok(Err(Reason::TurnsDisagree));
         }
         Ok(self.conversation(number, document, &page))
@@ -107,32 +171,37 @@ impl Source for ConvFinQa {
 
 impl ConvFinQa {
     fn conversation(&self, record: u32, document: String, page: &Page) -> Outcome {
-        let (first, cuts) = self.opening(page);
-        let mut messages = Vec::with_capacity(2 * page.questions.len());
-        let turns = page.questions.iter().zip(&page.programs).zip(&page.answers);
-        for (at, ((question, program), answer)) in turns.enumerate() {
-            let question = question.trim();
-            let (program, answer) = (program.trim(), answer_text(answer));
-            if question.is_empty() {
-                return Err(Reason::EmptyQuestion);
-            }
-            if answer.is_empty() || program.is_empty() {
+        let (mut first, cuts) = self.opening(page);
+        let questions: Vec<&str> = page.questions.iter().map(|question| question.trim()).collect();
+        if questions.iter().any(|question| question.is_empty()) {
+            return Err(Reason::EmptyQuestion);
+        }
+        // Questions without answers of their own are what the first answered one refers to.
+        let (unanswered, questions) = questions.split_at(questions.len() - page.answers.len());
+        if !unanswered.is_empty() {
+            let at = first.len() - QUESTION.len();
+            first.insert_str(at, &format!("Asked before: {}\n\n", unanswered.join(" ")));
+        }
+        let mut messages = Vec::with_capacity(2 * questions.len());
+        for (at, (question, answer)) in questions.iter().zip(&page.answers).enumerate() {
+            let answer = answer_text(answer);
+            let program = page.programs.get(at).map(|program| program.trim());
+            if answer.is_empty() || program == Some("") {
                 return Err(Reason::EmptyResponse);
             }
-            let asked = if at == 0 { format!("{first}{question}") } else { question.to_string() };
+            let asked = if at == 0 { format!("{first}{question}") } else { (*question).to_string() };
             messages.push(Message::new(Role::User, asked));
             messages.push(Message::new(Role::Assistant, self.response(program, &answer)));
         }
-        let first = page.questions.first().map_or("", |question| question.trim());
-        let question =
-            messages.first().map_or(0..0, |one| one.content.len() - first.len()..one.content.len());
-        Ok(Example { messages, document, record, question, cuts })
+        let asked = questions.first().map_or(0, |question| question.len());
+        let question = messages.first().map_or(0..0, |one| one.content.len() - asked..one.content.len());
+        Ok(Example { messages, document, file: 0, record, question, cuts })
     }
 
-    fn response(&self, program: &str, answer: &str) -> String {
-        match self.target {
-            ConvFinQaTarget::ProgramThenAnswer => format!("{program}\nAnswer: {answer}"),
-            ConvFinQaTarget::Answer => answer.to_string(),
+    fn response(&self, program: Option<&str>, answer: &str) -> String {
+        match (self.target, program) {
+            (ConvFinQaTarget::ProgramThenAnswer, Some(program)) => format!("{program}\nAnswer: {answer}"),
+            _ => answer.to_string(),
         }
     }
 
@@ -160,7 +229,7 @@ impl ConvFinQa {
             }
             text.push_str("\n\n");
         }
-        text.push_str("Question: ");
+        text.push_str(QUESTION);
         (text, cuts)
     }
 }
@@ -171,7 +240,11 @@ fn document_of(record: &Record) -> String {
         return filename.to_string();
     }
     // `Single_MRO/2007/page_134.pdf-1` is the first question on `MRO/2007/page_134.pdf`.
-    let id = record.id.as_str();
+    let Some(id) = record.id.as_deref() else {
+        // A page without a name is known by what it says.
+        let said = record.table.as_ref().map(Table::spelt).unwrap_or_default();
+        return folded(&said);
+    };
     let id = id.strip_prefix("Single_").or_else(|| id.strip_prefix("Double_")).unwrap_or(id);
     match id.rsplit_once(".pdf") {
         Some((page, _)) => format!("{page}.pdf"),
@@ -180,27 +253,41 @@ fn document_of(record: &Record) -> String {
 }
 
 impl Record {
+    /// As errors name it.
+    fn name(&self) -> String {
+        self.id.clone().or_else(|| self.filename.clone()).unwrap_or_default()
+    }
+
+    /// Whether it is a turn that another one follows, whose record holds this one too.
+    fn is_earlier_turn(&self) -> bool {
+        let annotation = self.annotation.as_ref();
+        annotation.is_some_and(|one| {
+            one.cur_dial.as_ref().is_some_and(|so_far| so_far.len() < one.dialogue_break.len())
+        })
+    }
+
     fn page(self) -> Result<Page> {
-        match (self.annotation, self.dialogue) {
-            (Some(annotation), _) => {
+        let name = self.name();
+        let missing = |field| anyhow!("conversation `{name}` has no `{field}`");
+        match (self.annotation, self.dialogue, self.questions) {
+            (Some(annotation), _, _) => {
                 if annotation.exe_ans_list.is_empty() {
                     return Err(user_error(
-                        format!("conversation `{}` has no `annotation.exe_ans_list`: no answers", self.id),
+                        format!("conversation `{name}` has no `annotation.exe_ans_list`: no answers"),
                         "name `train.json`; the private test file has questions only",
                     ));
                 }
-                let missing = |field| anyhow!("conversation `{}` has no `{field}`", self.id);
                 Ok(Page {
-                    before: self.pre_text.ok_or_else(|| missing("pre_text"))?.join(" "),
-                    table: table_of_rows(&self.table.ok_or_else(|| missing("table"))?),
-                    after: self.post_text.ok_or_else(|| missing("post_text"))?.join(" "),
+                    before: self.pre_text.ok_or_else(|| missing("pre_text"))?.join(),
+                    table: self.table.ok_or_else(|| missing("table"))?.spelt(),
+                    after: self.post_text.ok_or_else(|| missing("post_text"))?.join(),
                     questions: annotation.dialogue_break,
                     programs: annotation.turn_program,
                     answers: annotation.exe_ans_list,
                 })
             }
-            (None, Some(dialogue)) => {
-                let document = self.doc.ok_or_else(|| anyhow!("conversation `{}` has no `doc`", self.id))?;
+            (None, Some(dialogue), _) => {
+                let document = self.doc.ok_or_else(|| missing("doc"))?;
                 Ok(Page {
                     before: document.pre_text.trim().to_string(),
                     table: table_of_columns(&document.table),
@@ -210,8 +297,18 @@ impl Record {
                     answers: dialogue.executed_answers,
                 })
             }
-            (None, None) => Err(user_error(
-                format!("conversation `{}` has neither `annotation` (upstream) nor `dialogue`", self.id),
+            (None, None, Some(questions)) => Ok(Page {
+                before: self.pre_text.map(Text::join).unwrap_or_default(),
+                table: self.table.ok_or_else(|| missing("table"))?.spelt(),
+                after: self.post_text.map(Text::join).unwrap_or_default(),
+                questions,
+                programs: self.program.into_iter().collect(),
+                answers: vec![self.answer.ok_or_else(|| missing("answer"))?],
+            }),
+            (None, None, None) => Err(user_error(
+                format!(
+                    "conversation `{name}` has neither `annotation` (upstream), `dialogue`, nor `questions`"
+                ),
                 "name `train.json` of the upstream `data.zip`",
             )),
         }
@@ -370,5 +467,39 @@ mod tests {
         assert!(text.contains("no answers") && text.contains("private test file"), "{text}");
         let text = crate::error::render(&outcome(json!({"id": "x"}), ConvFinQaTarget::Answer).unwrap_err());
         assert!(text.contains("neither `annotation`"), "{text}");
+    }
+
+    #[test]
+    fn of_a_file_of_turns_the_last_one_gives_the_conversation() {
+        let turn = |at: usize| {
+            let mut record = upstream();
+            record["id"] = json!(format!("Single_ABC/2014/page_9.pdf-2_{at}"));
+            let annotation = &mut record["annotation"];
+            annotation["cur_dial"] = json!(["what was it?", "is that more?"][..=at]);
+            annotation["cur_program"] = json!(["subtract(5, 0.5)", "greater(5, 4)"][at]);
+            annotation["exe_ans"] = annotation["exe_ans_list"][at].clone();
+            annotation["turn_ind"] = json!(at);
+            record
+        };
+        assert_eq!(outcome(turn(0), ConvFinQaTarget::Answer).unwrap(), Err(Reason::EarlierTurn));
+        let whole = example(upstream(), ConvFinQaTarget::ProgramThenAnswer);
+        assert_eq!(example(turn(1), ConvFinQaTarget::ProgramThenAnswer), whole);
+    }
+
+    #[test]
+    fn the_flattened_form_answers_its_last_question() {
+        let record = json!({"pre_text": "first .", "post_text": ["after ."], "table": " a | b ", "id": "ABC/2014/page_9.pdf",
+            "questions": ["what was it?", "is that more?"], "answer": 4.5});
+        let found = example(record.clone(), ConvFinQaTarget::Answer);
+        assert_eq!(
+            found.messages[0].content,
+            "Answer the questions about this page of a financial report.\n\nfirst .\n\na | b\n\nafter .\n\n\
+             Asked before: what was it?\n\nQuestion: is that more?"
+        );
+        assert_eq!((found.messages.len(), found.messages[1].content.as_str()), (2, "4.5"));
+        assert_eq!(&found.messages[0].content[found.question.clone()], "is that more?");
+        assert_eq!(found.document, "ABC/2014/page_9.pdf");
+        let text = crate::error::render(&outcome(record, ConvFinQaTarget::ProgramThenAnswer).unwrap_err());
+        assert!(text.contains("has no program") && text.contains("to `answer`"), "{text}");
     }
 }

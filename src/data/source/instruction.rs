@@ -61,7 +61,7 @@ pub fn example(
         Siblings::ShareQuestion => folded(&content),
     };
     let messages = vec![Message::new(Role::User, content), Message::new(Role::Assistant, response)];
-    Ok(Example { messages, document, record, question, cuts })
+    Ok(Example { messages, document, file: 0, record, question, cuts })
 }
 
 #[cfg(test)]

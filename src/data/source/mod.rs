@@ -1,32 +1,36 @@
-//! The five sources: records of a dump to examples.
+//! Sources: records of dumps to examples. Five are built in; any other has a card that says what its fields mean.
 
 pub mod card;
+mod carded;
 pub mod code_alpaca;
 pub mod convfinqa;
 pub mod dolly;
 pub mod finance_alpaca;
+mod gather;
 pub mod instruction;
 pub mod spider;
 
 use std::collections::BTreeMap;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Error, Result, anyhow};
 use rayon::prelude::*;
 use serde::de::DeserializeOwned;
 
 use self::card::SourceCard;
+use self::carded::Carded;
+use self::gather::Gather;
 use super::clean::Cleaned;
 use super::example::{Example, Role};
-use super::manifest::InputFile;
-use super::reader::{fingerprint, read_records};
+use super::manifest::{InputFile, SkippedRecord};
+use super::reader::{files_of, fingerprint, read_tolerant};
 use super::template::ALPACA_INPUT;
-use crate::error::{is_missing_file, with_hint};
-use crate::recipe::{SourceSpec, SourcesSpec, SpiderSpec, TemplateFormat};
+use crate::error::{is_missing_file, render, with_hint};
+use crate::recipe::{CardSpec, DataSpec, Paths, SourcesSpec, SpiderSpec, TemplateFormat};
 
-/// A source, named as in the recipe.
+/// A source that is built in, named as in the recipe.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub enum SourceKind {
+pub enum BuiltIn {
     /// Databricks Dolly 15k.
     Dolly,
     /// Finance-Alpaca.
@@ -39,7 +43,7 @@ pub enum SourceKind {
     CodeAlpaca,
 }
 
-impl SourceKind {
+impl BuiltIn {
     /// All, in the order of the manifest.
     pub const ALL: [Self; 5] =
         [Self::Dolly, Self::FinanceAlpaca, Self::ConvFinQa, Self::Spider, Self::CodeAlpaca];
@@ -71,6 +75,12 @@ pub enum Reason {
     Contaminated,
     /// Questions, programs and answers differ in number.
     TurnsDisagree,
+    /// A turn whose conversation a later record holds whole.
+    EarlierTurn,
+    /// Turns that are not question and answer in turn.
+    OddTurns,
+    /// It could not be read, and `--skip-bad` tolerates that.
+    Bad,
     /// Question and response alone are longer than a row.
     TooLong,
     /// None of its tokens is supervised.
@@ -89,6 +99,9 @@ impl Reason {
             Self::NearDuplicate => "near_duplicate",
             Self::Contaminated => "contaminated",
             Self::TurnsDisagree => "turns_disagree",
+            Self::EarlierTurn => "earlier_turn",
+            Self::OddTurns => "odd_turns",
+            Self::Bad => "bad_record",
             Self::TooLong => "too_long",
             Self::Unsupervised => "unsupervised",
             Self::Refused => "refused",
@@ -113,19 +126,25 @@ trait Source {
 /// What a source's files hold.
 #[derive(Debug, Clone)]
 pub struct Collected {
-    /// The source.
-    pub kind: SourceKind,
+    /// The source's name, as in the recipe.
+    pub name: String,
+    /// What is known of it.
+    pub card: SourceCard,
     /// How many examples the recipe asks for; `None`: all.
     pub asked: Option<usize>,
-    /// Records in the file.
+    /// Records in the files.
     pub read: usize,
-    /// Those that can be used, in the order of the file.
+    /// Those that can be used, in the order of the files; of very many, those that come first in the sample.
     pub examples: Vec<Example>,
+    /// How many more can be used.
+    pub passed_over: usize,
     /// Those that cannot, by reason.
     pub dropped: BTreeMap<Reason, usize>,
+    /// Those that could not be read, and were tolerated.
+    pub skipped: Vec<SkippedRecord>,
     /// Characters that were removed from their texts.
     pub cleaned: Cleaned,
-    /// The files that were read.
+    /// The files that were read: those of the records first.
     pub inputs: Vec<InputFile>,
 }
 
@@ -137,118 +156,223 @@ pub fn context_separator(format: TemplateFormat) -> &'static str {
     }
 }
 
-/// Reads every source of a recipe, at the same time; in the order of [`SourceKind`].
+/// Reads every source of a recipe, at the same time; first those that are built in, then the others by name.
 ///
 /// # Errors
 /// When there is no source, or a file cannot be read: the error names source, file and record.
-pub fn collect(spec: &SourcesSpec, format: TemplateFormat) -> Result<Vec<Collected>> {
-    let kinds: Vec<SourceKind> = SourceKind::ALL.into_iter().filter(|kind| is_asked(spec, *kind)).collect();
-    if kinds.is_empty() {
+pub fn collect(spec: &DataSpec) -> Result<Vec<Collected>> {
+    let names = asked_for(&spec.sources);
+    if names.is_empty() {
         return Err(anyhow!("the recipe names no source in `data.sources`"));
     }
-    let found: Vec<Option<Collected>> = kinds
+    let found: Vec<Option<Collected>> = names
         .into_par_iter()
-        .map(|kind| {
-            collect_one(spec, kind, context_separator(format))
-                .map_err(|error| with_way_to_file(error, kind))
-                .with_context(|| format!("source `{}`", kind.name()))
+        .map(|name| {
+            collect_one(spec, name)
+                .map_err(|error| with_way_to_file(error, name))
+                .with_context(|| format!("source `{name}`"))
         })
         .collect::<Result<_>>()?;
     Ok(found.into_iter().flatten().collect())
 }
 
+/// The names of a recipe's sources, in the order of the manifest.
+fn asked_for(spec: &SourcesSpec) -> Vec<&str> {
+    let is_asked = |source: &BuiltIn| match source {
+        BuiltIn::Dolly => spec.dolly.is_some(),
+        BuiltIn::FinanceAlpaca => spec.finance_alpaca.is_some(),
+        BuiltIn::ConvFinQa => spec.convfinqa.is_some(),
+        BuiltIn::Spider => spec.spider.is_some(),
+        BuiltIn::CodeAlpaca => spec.code_alpaca.is_some(),
+    };
+    let mut names: Vec<&str> = BuiltIn::ALL.into_iter().filter(is_asked).map(BuiltIn::name).collect();
+    names.extend(spec.others.keys().map(String::as_str));
+    names
+}
+
+fn built_in(name: &str) -> Option<BuiltIn> {
+    BuiltIn::ALL.into_iter().find(|source| source.name() == name)
+}
+
 /// Adds where the file comes from when it is not there.
-fn with_way_to_file(error: Error, kind: SourceKind) -> Error {
+fn with_way_to_file(error: Error, name: &str) -> Error {
     if !is_missing_file(&error) {
         return error;
     }
-    let name = kind.name();
-    match SourceCard::of(kind) {
-        Ok(SourceCard { file, homepage, .. }) => {
+    match built_in(name).map(SourceCard::of) {
+        Some(Ok(SourceCard { file, homepage, .. })) => {
             let next = format!("mend its path in `data.sources.{name}`, or fetch {file} from {homepage}");
             with_hint(error, next)
         }
-        Err(damaged) => damaged,
+        Some(Err(damaged)) => damaged,
+        None => with_hint(error, format!("mend its path in `data.sources.{name}`")),
     }
 }
 
-fn is_asked(spec: &SourcesSpec, kind: SourceKind) -> bool {
-    match kind {
-        SourceKind::Dolly => spec.dolly.is_some(),
-        SourceKind::FinanceAlpaca => spec.finance_alpaca.is_some(),
-        SourceKind::ConvFinQa => spec.convfinqa.is_some(),
-        SourceKind::Spider => spec.spider.is_some(),
-        SourceKind::CodeAlpaca => spec.code_alpaca.is_some(),
-    }
-}
-
-fn collect_one(spec: &SourcesSpec, kind: SourceKind, separator: &'static str) -> Result<Option<Collected>> {
-    let plain = |source: &dyn Fn(&SourceSpec) -> Result<Collected>, spec: &Option<SourceSpec>| {
-        spec.as_ref().map(source).transpose()
+fn collect_one(spec: &DataSpec, name: &str) -> Result<Option<Collected>> {
+    let separator = context_separator(spec.template.format);
+    let sources = &spec.sources;
+    let Some(source) = built_in(name) else {
+        return sources.others.get(name).map(|one| read_carded(spec, name, one, separator)).transpose();
     };
-    match kind {
-        SourceKind::Dolly => plain(
-            &|one| read(kind, &dolly::Dolly { separator }, &one.path, dolly::MEMBERS, one.examples),
-            &spec.dolly,
-        ),
-        SourceKind::FinanceAlpaca => plain(
-            &|one| {
-                let source = finance_alpaca::FinanceAlpaca { separator };
-                read(kind, &source, &one.path, finance_alpaca::MEMBERS, one.examples)
-            },
-            &spec.finance_alpaca,
-        ),
-        SourceKind::CodeAlpaca => plain(
-            &|one| {
-                let source = code_alpaca::CodeAlpaca { separator };
-                read(kind, &source, &one.path, code_alpaca::MEMBERS, one.examples)
-            },
-            &spec.code_alpaca,
-        ),
-        SourceKind::ConvFinQa => spec
-            .convfinqa
-            .as_ref()
-            .map(|one| {
-                let source = convfinqa::ConvFinQa { target: one.target };
-                read(kind, &source, &one.path, convfinqa::MEMBERS, one.examples)
-            })
-            .transpose(),
-        SourceKind::Spider => spec.spider.as_ref().map(read_spider).transpose(),
-    }
+    let reading = |paths, members, asked| {
+        let card = SourceCard::of(source)?;
+        Ok::<_, Error>(Reading { spec, name, card, paths, members, asked })
+    };
+    let plain = |one: &Option<crate::recipe::SourceSpec>, members: &'static [&'static str]| {
+        one.as_ref().map(|one| (one.path.clone(), members, one.examples))
+    };
+    Ok(Some(match source {
+        BuiltIn::Dolly => {
+            let Some((paths, members, asked)) = plain(&sources.dolly, dolly::MEMBERS) else {
+                return Ok(None);
+            };
+            reading(&paths, members, asked)?.read(&dolly::Dolly { separator })?
+        }
+        BuiltIn::FinanceAlpaca => {
+            let Some((paths, members, asked)) = plain(&sources.finance_alpaca, finance_alpaca::MEMBERS)
+            else {
+                return Ok(None);
+            };
+            reading(&paths, members, asked)?.read(&finance_alpaca::FinanceAlpaca { separator })?
+        }
+        BuiltIn::CodeAlpaca => {
+            let Some((paths, members, asked)) = plain(&sources.code_alpaca, code_alpaca::MEMBERS) else {
+                return Ok(None);
+            };
+            reading(&paths, members, asked)?.read(&code_alpaca::CodeAlpaca { separator })?
+        }
+        BuiltIn::ConvFinQa => {
+            let Some(one) = &sources.convfinqa else { return Ok(None) };
+            let source = convfinqa::ConvFinQa { target: one.target };
+            reading(&one.path, convfinqa::MEMBERS, one.examples)?.read(&source)?
+        }
+        BuiltIn::Spider => {
+            let Some(one) = &sources.spider else { return Ok(None) };
+            read_spider(reading(&one.path, spider::MEMBERS, one.examples)?, one)?
+        }
+    }))
 }
 
-fn read_spider(spec: &SpiderSpec) -> Result<Collected> {
-    let schemas = spider::Schemas::read(&spec.tables)?;
-    let source = spider::Spider { schemas: &schemas };
-    let mut found = read(SourceKind::Spider, &source, &spec.path, spider::MEMBERS, spec.examples)?;
-    found.inputs.push(input_file(SourceKind::Spider, &spec.tables)?);
+fn read_spider(reading: Reading<'_>, spec: &SpiderSpec) -> Result<Collected> {
+    let tables = spider::tables_file(&spec.tables);
+    let schemas = spider::Schemas::read(&tables)?;
+    let name = reading.name;
+    let mut found = reading.read(&spider::Spider { schemas: &schemas })?;
+    found.inputs.push(input_file(name, &tables)?);
     Ok(found)
 }
 
-fn read<S: Source>(
-    kind: SourceKind,
-    source: &S,
-    path: &Path,
-    members: &[&str],
+fn read_carded(spec: &DataSpec, name: &str, one: &CardSpec, separator: &'static str) -> Result<Collected> {
+    let card = SourceCard::read(&one.card)?;
+    let fields = card.fields.clone().unwrap_or_default();
+    let source = Carded { fields, card: one.card.display().to_string(), separator };
+    Reading { spec, name, card, paths: &one.path, members: &[], asked: one.examples }.read(&source)
+}
+
+/// Keys under which an object may hold the records.
+const WRAPPERS: [&str; 4] = ["train", "dev", "test", "data"];
+
+/// A source's files on their way to examples.
+struct Reading<'a> {
+    spec: &'a DataSpec,
+    name: &'a str,
+    card: SourceCard,
+    paths: &'a Paths,
+    /// Names of the file in an archive or a folder.
+    members: &'a [&'a str],
     asked: Option<usize>,
-) -> Result<Collected> {
-    let (mut examples, mut read, mut cleaned) = (Vec::new(), 0, Cleaned::default());
-    let mut dropped = BTreeMap::new();
-    read_records::<S::Record>(path, members, &["train", "dev", "test", "data"], &mut |number, record| {
-        read += 1;
-        match source.example(number, record)? {
-            Ok(mut example) => {
-                cleaned.clean(&mut example);
-                match empty_turn(&example) {
-                    None => examples.push(example),
-                    Some(reason) => *dropped.entry(reason).or_default() += 1,
+}
+
+impl Reading<'_> {
+    fn read<S: Source>(self, source: &S) -> Result<Collected> {
+        let files = self.files()?;
+        let Self { spec, name, card, members, asked, .. } = self;
+        let mut found = Collected {
+            name: name.to_string(),
+            card,
+            asked,
+            read: 0,
+            examples: Vec::new(),
+            passed_over: 0,
+            dropped: BTreeMap::new(),
+            skipped: Vec::new(),
+            cleaned: Cleaned::default(),
+            inputs: Vec::new(),
+        };
+        let mut gather = Gather::new(spec.seed, name, asked, spec.duplicates.keep);
+        for (number, file) in (0..).zip(&files) {
+            let (mut read, mut bad) = (0, 0);
+            let (dropped, skipped) = (&mut found.dropped, &mut found.skipped);
+            let mut tolerate = |record: u32, error: Error| {
+                if skipped.len() >= spec.skip_bad {
+                    return Err(error);
                 }
+                bad += 1;
+                skipped.push(SkippedRecord {
+                    file: file.display().to_string(),
+                    record,
+                    reason: one_line(&error),
+                });
+                Ok(())
+            };
+            let cleaned = &mut found.cleaned;
+            read_tolerant::<S::Record>(file, members, &WRAPPERS, &mut tolerate, &mut |record, one| {
+                // Counted once it is known that it can be read: a bad record is counted by itself.
+                let outcome = source.example(record, one)?;
+                read += 1;
+                match outcome.and_then(|example| made(example, number, cleaned)) {
+                    Ok(example) => gather.push(example),
+                    Err(reason) => *dropped.entry(reason).or_default() += 1,
+                }
+                Ok(())
+            })
+            .map_err(|error| past_tolerance(error, spec.skip_bad))?;
+            found.read += read + bad;
+            if bad > 0 {
+                *found.dropped.entry(Reason::Bad).or_default() += bad;
             }
-            Err(reason) => *dropped.entry(reason).or_default() += 1,
+            found.inputs.push(input_file(name, file)?);
         }
-        Ok(())
-    })?;
-    Ok(Collected { kind, asked, read, examples, dropped, cleaned, inputs: vec![input_file(kind, path)?] })
+        (found.examples, found.passed_over) = gather.finish();
+        Ok(found)
+    }
+
+    /// The files of all paths, in their order.
+    fn files(&self) -> Result<Vec<PathBuf>> {
+        let mut files = Vec::new();
+        for path in self.paths.as_slice() {
+            let upstream =
+                (self.name == BuiltIn::Spider.name()).then(|| spider::upstream_files(path)).flatten();
+            files.extend(match upstream {
+                Some(upstream) => upstream,
+                None => files_of(path, self.members)?,
+            });
+        }
+        Ok(files)
+    }
+}
+
+/// An example of the file of this number, cleaned.
+fn made(mut example: Example, file: u32, cleaned: &mut Cleaned) -> Outcome {
+    example.file = file;
+    cleaned.clean(&mut example);
+    match empty_turn(&example) {
+        None => Ok(example),
+        Some(reason) => Err(reason),
+    }
+}
+
+/// An error without its hint, on one line.
+fn one_line(error: &Error) -> String {
+    let told = render(error);
+    let lines = told.lines().filter(|line| !line.starts_with("hint: "));
+    lines.map(|line| line.trim_start_matches("error: ").trim()).collect::<Vec<_>>().join(" ")
+}
+
+/// Says that more would have to be tolerated.
+fn past_tolerance(error: Error, tolerated: usize) -> Error {
+    if tolerated == 0 { error } else { error.context(format!("more than {tolerated} records are bad")) }
 }
 
 /// A turn that says nothing once what nobody sees is gone.
@@ -257,10 +381,10 @@ fn empty_turn(example: &Example) -> Option<Reason> {
     Some(if empty.role == Role::Assistant { Reason::EmptyResponse } else { Reason::EmptyQuestion })
 }
 
-fn input_file(kind: SourceKind, path: &Path) -> Result<InputFile> {
+fn input_file(source: &str, path: &Path) -> Result<InputFile> {
     let found = fingerprint(path)?;
     Ok(InputFile {
-        source: kind.name().to_string(),
+        source: source.to_string(),
         path: path.display().to_string(),
         bytes: found.bytes,
         sha256: found.sha256,

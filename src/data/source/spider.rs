@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 use std::fmt::Write as _;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Result, anyhow};
 use serde::Deserialize;
@@ -13,7 +13,7 @@ use crate::data::reader::read_records;
 use crate::error::user_error;
 
 /// Names of the file in an archive.
-pub const MEMBERS: &[&str] = &["train_spider.json"];
+pub const MEMBERS: &[&str] = &["train_spider.json", "train_others.json"];
 
 /// What is asked of the model, before schema and question.
 const TASK: &str = "Write one SQLite query that answers the question. Reply with the query only.";
@@ -46,8 +46,22 @@ impl Source for Spider<'_> {
         let question = prompt.len() - single_spaced(&record.question).len()..prompt.len();
         let messages = vec![Message::new(Role::User, prompt), Message::new(Role::Assistant, query)];
         // A question without its schema cannot be answered, so nothing may be cut.
-        Ok(Ok(Example { messages, document: record.db_id, record: number, question, cuts: Vec::new() }))
+        let document = record.db_id;
+        Ok(Ok(Example { messages, document, file: 0, record: number, question, cuts: Vec::new() }))
     }
+}
+
+/// The training files of the upstream folder; `None` where `path` is another thing.
+///
+/// Upstream trains on both: 7,000 questions of its own and 1,659 of older sets.
+pub(super) fn upstream_files(path: &Path) -> Option<Vec<PathBuf>> {
+    let files = MEMBERS.iter().map(|name| path.join(name)).filter(|file| file.is_file());
+    Some(files.collect()).filter(|files: &Vec<PathBuf>| !files.is_empty())
+}
+
+/// The file of the schemas, where their folder may be named too.
+pub(super) fn tables_file(path: &Path) -> PathBuf {
+    if path.is_dir() { path.join("tables.json") } else { path.to_path_buf() }
 }
 
 /// A database as `tables.json` describes it.

@@ -1,0 +1,334 @@
+//! Parquet files and Arrow IPC, files and streams: rows of columns as JSON values.
+
+use std::fs::File;
+use std::io::{BufReader, Read, Seek};
+
+use anyhow::{Context as _, Error, Result, bail};
+use arrow::array::{Array, ArrayRef, AsArray, RecordBatch};
+use arrow::buffer::Buffer;
+use arrow::datatypes::{
+    DataType, Float16Type, Float32Type, Float64Type, Int8Type, Int16Type, Int32Type, Int64Type, UInt8Type,
+    UInt16Type, UInt32Type, UInt64Type,
+};
+use arrow::error::ArrowError;
+use arrow::ipc::reader::{FileReader, StreamDecoder};
+use arrow::util::display::array_value_to_string;
+use parquet::arrow::arrow_reader::ParquetRecordBatchReaderBuilder;
+use serde_json::{Map, Number, Value};
+
+use super::json::following;
+use super::{BUFFER, FETCH_AGAIN, Place, Raw, Sink};
+use crate::error::HintExt as _;
+
+/// Rows that are decoded at once: a row may be pages of text.
+const ROWS: usize = 256;
+/// Bytes of a stream that are read at once.
+const CHUNK: u64 = 1 << 20;
+
+/// Reads a parquet file.
+pub(super) fn parquet(file: File, sink: Sink<'_>) -> Result<()> {
+    let damaged = "the parquet file is damaged or truncated";
+    let length = file.metadata()?.len();
+    let builder = ParquetRecordBatchReaderBuilder::try_new(file).context(damaged).hint(FETCH_AGAIN)?;
+    check_places(&builder, length).context(damaged).hint(FETCH_AGAIN)?;
+    let batches = builder.with_batch_size(ROWS).build().context(damaged).hint(FETCH_AGAIN)?;
+    rows(batches, damaged, sink)
+}
+
+/// Refuses columns that lie outside of the file: the library panics on negative places, and believes any size.
+fn check_places(builder: &ParquetRecordBatchReaderBuilder<File>, length: u64) -> Result<()> {
+    for (group, columns) in builder.metadata().row_groups().iter().enumerate() {
+        for column in columns.columns() {
+            let start = column.dictionary_page_offset().unwrap_or_else(|| column.data_page_offset());
+            let size = column.compressed_size();
+            let end =
+                u64::try_from(start).ok().zip(u64::try_from(size).ok()).map(|(a, b)| a.saturating_add(b));
+            if end.is_none_or(|end| end > length) {
+                bail!(
+                    "column `{}` of row group {group} has {size} bytes at {start}, the file {length}",
+                    column.column_path()
+                );
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Reads an Arrow IPC file, also called Feather.
+pub(super) fn arrow_file(file: impl Read + Seek, sink: Sink<'_>) -> Result<()> {
+    let damaged = "the Arrow file is damaged or truncated";
+    let batches = FileReader::try_new(BufReader::with_capacity(BUFFER, file), None);
+    rows(batches.context(damaged).hint(FETCH_AGAIN)?, damaged, sink)
+}
+
+/// Reads an Arrow IPC stream: what `datasets` writes.
+pub(super) fn arrow_stream(stream: impl Read, sink: Sink<'_>) -> Result<()> {
+    let batches = Stream { stream, decoder: StreamDecoder::new(), ready: Buffer::default() };
+    rows(batches, "the Arrow stream is damaged or truncated", sink)
+}
+
+/// The batches of a stream. The library's own reader takes a message whose length is cut off for a good end.
+struct Stream<R> {
+    stream: R,
+    decoder: StreamDecoder,
+    /// Bytes that were read and not yet decoded.
+    ready: Buffer,
+}
+
+impl<R: Read> Stream<R> {
+    fn batch(&mut self) -> Result<Option<RecordBatch>, ArrowError> {
+        loop {
+            if self.ready.is_empty() {
+                let mut chunk = Vec::with_capacity(CHUNK as usize);
+                (&mut self.stream).take(CHUNK).read_to_end(&mut chunk)?;
+                if chunk.is_empty() {
+                    return self.decoder.finish().map(|()| None);
+                }
+                self.ready = chunk.into();
+            }
+            if let Some(batch) = self.decoder.decode(&mut self.ready)? {
+                return Ok(Some(batch));
+            }
+        }
+    }
+}
+
+impl<R: Read> Iterator for Stream<R> {
+    type Item = Result<RecordBatch, ArrowError>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        self.batch().transpose()
+    }
+}
+
+fn rows(
+    batches: impl Iterator<Item = Result<RecordBatch, ArrowError>>,
+    damaged: &'static str,
+    sink: Sink<'_>,
+) -> Result<()> {
+    let mut number = 0;
+    for batch in batches {
+        let batch = batch.with_context(|| format!("after record {number}: {damaged}")).hint(FETCH_AGAIN)?;
+        for row in 0..batch.num_rows() {
+            number = following(number)?;
+            let record = record_of(&batch, row);
+            sink(Place { record: number, line: None }, record.map(Raw::Value))?;
+        }
+    }
+    Ok(())
+}
+
+fn record_of(batch: &RecordBatch, row: usize) -> Result<Value> {
+    let schema = batch.schema();
+    let names = schema.fields().iter().map(|field| field.name().clone());
+    object(names.zip(batch.columns()), row)
+}
+
+fn object<'a>(columns: impl Iterator<Item = (String, &'a ArrayRef)>, row: usize) -> Result<Value> {
+    let cell = |(name, column): (String, &ArrayRef)| {
+        let value = cell(column, row).with_context(|| format!("in column `{name}`"))?;
+        Ok((name, value))
+    };
+    Ok(Value::Object(columns.map(cell).collect::<Result<Map<_, _>, Error>>()?))
+}
+
+/// A cell as a JSON value: what JSON has no word for, dates and decimals, as text; bytes that are no text as null.
+fn cell(column: &ArrayRef, row: usize) -> Result<Value> {
+    if column.is_null(row) {
+        return Ok(Value::Null);
+    }
+    Ok(match column.data_type() {
+        DataType::Null => Value::Null,
+        DataType::Boolean => column.as_boolean().value(row).into(),
+        DataType::Int8 => column.as_primitive::<Int8Type>().value(row).into(),
+        DataType::Int16 => column.as_primitive::<Int16Type>().value(row).into(),
+        DataType::Int32 => column.as_primitive::<Int32Type>().value(row).into(),
+        DataType::Int64 => column.as_primitive::<Int64Type>().value(row).into(),
+        DataType::UInt8 => column.as_primitive::<UInt8Type>().value(row).into(),
+        DataType::UInt16 => column.as_primitive::<UInt16Type>().value(row).into(),
+        DataType::UInt32 => column.as_primitive::<UInt32Type>().value(row).into(),
+        DataType::UInt64 => column.as_primitive::<UInt64Type>().value(row).into(),
+        DataType::Float16 => narrow(column.as_primitive::<Float16Type>().value(row).to_f32()),
+        DataType::Float32 => narrow(column.as_primitive::<Float32Type>().value(row)),
+        DataType::Float64 => column.as_primitive::<Float64Type>().value(row).into(),
+        DataType::Utf8 => column.as_string::<i32>().value(row).into(),
+        DataType::LargeUtf8 => column.as_string::<i64>().value(row).into(),
+        DataType::Utf8View => column.as_string_view().value(row).into(),
+        DataType::Binary => text(column.as_binary::<i32>().value(row)),
+        DataType::LargeBinary => text(column.as_binary::<i64>().value(row)),
+        DataType::BinaryView => text(column.as_binary_view().value(row)),
+        DataType::FixedSizeBinary(_) => text(column.as_fixed_size_binary().value(row)),
+        DataType::List(_) => list(&column.as_list::<i32>().value(row))?,
+        DataType::LargeList(_) => list(&column.as_list::<i64>().value(row))?,
+        DataType::FixedSizeList(..) => list(&column.as_fixed_size_list().value(row))?,
+        DataType::Struct(fields) => {
+            object(fields.iter().map(|field| field.name().clone()).zip(column.as_struct().columns()), row)?
+        }
+        DataType::Map(..) => map(&column.as_map().value(row))?,
+        DataType::Dictionary(..) => {
+            let dictionary = column.as_any_dictionary();
+            let keys = dictionary.normalized_keys();
+            cell(dictionary.values(), *keys.get(row).context("a dictionary lacks a key")?)?
+        }
+        _ => array_value_to_string(column, row)?.into(),
+    })
+}
+
+/// The digits that are meant: 0.1 in 32 bits is not 0.10000000149011612 in 64.
+fn narrow(number: f32) -> Value {
+    let wide: Option<f64> = number.to_string().parse().ok();
+    wide.and_then(Number::from_f64).map_or(Value::Null, Value::Number)
+}
+
+fn text(bytes: &[u8]) -> Value {
+    std::str::from_utf8(bytes).map_or(Value::Null, Value::from)
+}
+
+fn list(values: &ArrayRef) -> Result<Value> {
+    Ok(Value::Array((0..values.len()).map(|at| cell(values, at)).collect::<Result<_>>()?))
+}
+
+/// A map's entries under their keys, in their order.
+fn map(entries: &arrow::array::StructArray) -> Result<Value> {
+    let (keys, values) = (entries.column(0), entries.column(1));
+    let entry = |at| Ok((array_value_to_string(keys, at)?, cell(values, at)?));
+    Ok(Value::Object((0..entries.len()).map(entry).collect::<Result<Map<_, _>, Error>>()?))
+}
+
+#[cfg(test)]
+#[expect(clippy::unwrap_used, reason = "a test panics where it fails")]
+mod tests {
+    use std::io::Cursor;
+    use std::sync::Arc;
+
+    use arrow::array::{
+        BinaryArray, BooleanArray, Date32Array, DictionaryArray, Float32Array, Float64Array, Int64Array,
+        LargeStringArray, ListBuilder, NullArray, StringArray, StringBuilder, StringViewArray, StructArray,
+    };
+    use arrow::datatypes::Field;
+    use arrow::ipc::CompressionType;
+    use arrow::ipc::writer::{FileWriter, IpcWriteOptions, StreamWriter};
+    use parquet::arrow::ArrowWriter;
+    use parquet::basic::Compression;
+    use parquet::file::properties::WriterProperties;
+    use serde_json::json;
+
+    use super::*;
+
+    /// Every kind of column that datasets have, two rows.
+    fn batch() -> RecordBatch {
+        let mut turns = ListBuilder::new(StringBuilder::new());
+        turns.append_value([Some("a"), None]);
+        turns.append_null();
+        let role = Arc::new(Field::new("role", DataType::Utf8, true));
+        let message =
+            StructArray::from(vec![(role, Arc::new(StringArray::from(vec!["user", "ü"])) as ArrayRef)]);
+        let kinds: DictionaryArray<Int32Type> = vec![Some("x"), Some("y")].into_iter().collect();
+        let columns: Vec<(&str, ArrayRef)> = vec![
+            ("text", Arc::new(StringArray::from(vec![Some("é\n"), None]))),
+            ("large", Arc::new(LargeStringArray::from(vec!["1", "2"]))),
+            ("view", Arc::new(StringViewArray::from(vec!["longer than twelve bytes", ""]))),
+            ("id", Arc::new(Int64Array::from(vec![i64::MAX, -1]))),
+            ("share", Arc::new(Float32Array::from(vec![0.1, f32::NAN]))),
+            ("answer", Arc::new(Float64Array::from(vec![0.1, -2.0]))),
+            ("is_good", Arc::new(BooleanArray::from(vec![true, false]))),
+            ("bytes", Arc::new(BinaryArray::from_vec(vec![b"text", b"\xff"]))),
+            ("day", Arc::new(Date32Array::from(vec![0, 20_000]))),
+            ("turns", Arc::new(turns.finish())),
+            ("message", Arc::new(message)),
+            ("kind", Arc::new(kinds)),
+            ("nothing", Arc::new(NullArray::new(2))),
+        ];
+        RecordBatch::try_from_iter_with_nullable(
+            columns.into_iter().map(|(name, column)| (name, column, true)),
+        )
+        .unwrap()
+    }
+
+    fn expected() -> Vec<Value> {
+        vec![
+            json!({"text": "é\n", "large": "1", "view": "longer than twelve bytes", "id": i64::MAX, "share": 0.1,
+                "answer": 0.1, "is_good": true, "bytes": "text", "day": "1970-01-01", "turns": ["a", null],
+                "message": {"role": "user"}, "kind": "x", "nothing": null}),
+            json!({"text": null, "large": "2", "view": "", "id": -1, "share": null, "answer": -2.0,
+                "is_good": false, "bytes": null, "day": "2024-10-04", "turns": null,
+                "message": {"role": "ü"}, "kind": "y", "nothing": null}),
+        ]
+    }
+
+    fn collected(read: impl FnOnce(Sink<'_>) -> Result<()>) -> Result<Vec<Value>> {
+        let mut found = Vec::new();
+        read(&mut |place, raw| {
+            assert_eq!(place.record as usize, found.len() + 1);
+            if let Raw::Value(value) = raw? {
+                found.push(value);
+            }
+            Ok(())
+        })?;
+        Ok(found)
+    }
+
+    fn parquet_bytes(compression: Compression) -> Vec<u8> {
+        let properties = WriterProperties::builder().set_compression(compression).build();
+        let mut writer = ArrowWriter::try_new(Vec::new(), batch().schema(), Some(properties)).unwrap();
+        writer.write(&batch()).unwrap();
+        writer.into_inner().unwrap()
+    }
+
+    fn read_parquet(bytes: &[u8]) -> Result<Vec<Value>> {
+        let path = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(path.path(), bytes).unwrap();
+        collected(|sink| parquet(File::open(path.path())?, sink))
+    }
+
+    #[test]
+    fn every_kind_of_column_is_read_from_parquet() {
+        let codecs = [
+            Compression::UNCOMPRESSED,
+            Compression::SNAPPY,
+            Compression::ZSTD(Default::default()),
+            Compression::GZIP(Default::default()),
+            Compression::LZ4_RAW,
+        ];
+        for codec in codecs {
+            assert_eq!(read_parquet(&parquet_bytes(codec)).unwrap(), expected(), "{codec}");
+        }
+    }
+
+    #[test]
+    fn every_kind_of_column_is_read_from_arrow_files_and_streams() {
+        for compression in [None, Some(CompressionType::LZ4_FRAME), Some(CompressionType::ZSTD)] {
+            let options = || IpcWriteOptions::default().try_with_compression(compression).unwrap();
+            let mut file =
+                FileWriter::try_new_with_options(Vec::new(), &batch().schema(), options()).unwrap();
+            file.write(&batch()).unwrap();
+            let bytes = file.into_inner().unwrap();
+            assert_eq!(collected(|sink| arrow_file(Cursor::new(&bytes), sink)).unwrap(), expected());
+            let mut stream =
+                StreamWriter::try_new_with_options(Vec::new(), &batch().schema(), options()).unwrap();
+            stream.write(&batch()).unwrap();
+            let bytes = stream.into_inner().unwrap();
+            assert_eq!(collected(|sink| arrow_stream(bytes.as_slice(), sink)).unwrap(), expected());
+        }
+    }
+
+    #[test]
+    fn columns_cut_off_anywhere_are_told_and_never_panic() {
+        let whole = parquet_bytes(Compression::SNAPPY);
+        for cut in (4..whole.len()).step_by(7) {
+            let text = crate::error::render(&read_parquet(&whole[..cut]).unwrap_err());
+            assert!(
+                text.contains("damaged or truncated") && text.contains("fetch it again"),
+                "{cut}: {text}"
+            );
+        }
+        let mut stream = StreamWriter::try_new(Vec::new(), &batch().schema()).unwrap();
+        stream.write(&batch()).unwrap();
+        stream.write(&batch()).unwrap();
+        let whole = stream.into_inner().unwrap();
+        let told = |cut| collected(|sink| arrow_stream(&whole[..cut], sink));
+        let boundaries = (8..whole.len() - 8).filter(|cut| told(*cut).is_ok()).count();
+        // A stream may end without a mark of its end, behind the schema or any batch; elsewhere it may not.
+        assert_eq!(boundaries, 2);
+    }
+}
