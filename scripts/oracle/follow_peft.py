@@ -15,6 +15,8 @@ In bfloat16 PEFT rounds the base's product and the adapter's and rounds their su
 below half a unit in the last place of the base's. `--adapter-sum f32` keeps both in float32 until their sum is rounded, as
 the program does, and leaves all else to PEFT: it tells that loss from other differences. `--elementwise once` also rounds
 norms, rotary embedding and the gated activation once each, as the program does, where transformers rounds every operation.
+`--quantize-from f32` has bitsandbytes quantise the weights as the file holds them, as the program does, where transformers
+casts them to the compute dtype first.
 """
 
 import argparse
@@ -152,8 +154,11 @@ def step_of(model, rows: list[dict]) -> float:
     return total / supervised
 
 
-def load_4bit(base: Path, attention: str) -> torch.nn.Module:
-    """The base in bitsandbytes' 4-bit layers on the GPU, by way of a folder, because GGUF files cannot be quantised."""
+def load_4bit(base: Path, attention: str, dtype: torch.dtype) -> torch.nn.Module:
+    """The base in bitsandbytes' 4-bit layers on the GPU, by way of a folder, because GGUF files cannot be quantised.
+
+    The weights are quantised from `dtype`; what is not quantised is bfloat16.
+    """
     with tempfile.TemporaryDirectory() as folder:
         read = AutoModelForCausalLM.from_pretrained(base.parent, gguf_file=base.name, dtype=torch.float32)
         config = type(read.config)(**{k: v for k, v in read.config.to_dict().items() if k != "quantization_config"})
@@ -166,9 +171,13 @@ def load_4bit(base: Path, attention: str) -> torch.nn.Module:
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=torch.bfloat16,
         )
-        return AutoModelForCausalLM.from_pretrained(
-            folder, quantization_config=quantization, dtype=torch.bfloat16, attn_implementation=attention, device_map={"": 0}
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, quantization_config=quantization, dtype=dtype, attn_implementation=attention, device_map={"": 0}
         )
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(torch.bfloat16)
+    return model
 
 
 def padded_step(model, rows: list[dict]) -> float:
@@ -195,6 +204,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--attention", nargs="+", default=["sdpa"], choices=["sdpa", "eager"])
     parser.add_argument("--adapter-sum", default="peft", choices=["peft", "f32"])
     parser.add_argument("--elementwise", default="peft", choices=["peft", "once"])
+    parser.add_argument("--quantize-from", default="bf16", choices=["bf16", "f32"])
     parser.add_argument("--losses", type=Path, help="where PEFT's losses go, as JSON")
     return parser.parse_args()
 
@@ -234,8 +244,9 @@ def main() -> None:
     if options.elementwise == "once":
         round_once()
     losses = {"granite": [event["loss"] for event in steps]}
+    stored = torch.float32 if options.quantize_from == "f32" else torch.bfloat16
     for attention in options.attention if options.gpu else ["f32"]:
-        model = adapted(load_4bit(base.resolve(), attention) if options.gpu else load_base(base), recipe)
+        model = adapted(load_4bit(base.resolve(), attention, stored) if options.gpu else load_base(base), recipe)
         if options.adapter_sum == "f32":
             sum_in_f32(model)
         losses[attention] = follow(model, steps, table, train, padded_step if options.gpu else step_of)

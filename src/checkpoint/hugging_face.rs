@@ -6,7 +6,7 @@ use std::path::{Component, Path};
 use anyhow::{Context as _, Result, ensure};
 use serde::Deserialize;
 use serde_json::Value;
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 
 use super::fingerprint::Fingerprint;
 use super::prequantized::{self, QuantState};
@@ -153,10 +153,10 @@ impl TensorSource for FolderTensors {
     }
 
     /// As stored where it is stored so; scales that were not quantised twice are quantised now.
-    fn nf4(&self, name: &str) -> Result<Nf4Weight> {
+    fn nf4(&self, name: &str, device: Device) -> Result<Nf4Weight> {
         match (self.quantized.get(name), self.file(name)) {
-            (Some(state), Some(file)) if state.is_nested() => state.nested(file, name),
-            _ => Nf4Weight::quantize(&self.tensor(name)?),
+            (Some(state), Some(file)) if state.is_nested() => Ok(state.nested(file, name)?.to_device(device)),
+            _ => Nf4Weight::quantize(&self.tensor(name)?.f_to_device(device)?),
         }
     }
 }

@@ -236,10 +236,13 @@ fn merge_one(
     let step = |update, rounding| Step { layer, projection: projection.name(), update, rounding };
     if options.from == Quantization::Nf4 && options.form == Form::Nf4 && !adapted {
         // Its codes as they are: quantised a second time they would be others.
-        return Ok(MergedWeight { stored: Stored::Nf4(base.tensors.nf4(&name)?), step: step(0.0, 0.0) });
+        return Ok(MergedWeight {
+            stored: Stored::Nf4(base.tensors.nf4(&name, Device::Cpu)?),
+            step: step(0.0, 0.0),
+        });
     }
     let weight = match options.from {
-        Quantization::Nf4 => base.tensors.nf4(&name)?.to_device(options.device).dequantize(Kind::Float),
+        Quantization::Nf4 => base.tensors.nf4(&name, options.device)?.dequantize(Kind::Float),
         Quantization::None => base.tensors.tensor(&name)?.to_device(options.device).to_kind(Kind::Float),
     }; // [out, in] f32
     let size = norm(&weight).max(f64::MIN_POSITIVE);

@@ -20,7 +20,7 @@ use rayon::prelude::*;
 use safetensors::tensor::{Dtype, Metadata, TensorInfo};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
-use tch::Tensor;
+use tch::{Device, Tensor};
 
 use super::fingerprint::hex;
 use super::hugging_face::read_json;
@@ -103,15 +103,15 @@ impl TensorSource for Nf4Cache {
         self.inner.tensor(name)
     }
 
-    fn nf4(&self, name: &str) -> Result<Nf4Weight> {
+    fn nf4(&self, name: &str, device: Device) -> Result<Nf4Weight> {
         match &self.state {
             State::Ready(file) if file.shape(name).is_some() => {
-                read_weight(file, name, self.inner.shape(name))
+                Ok(read_weight(file, name, self.inner.shape(name))?.to_device(device))
             }
-            State::Ready(_) => self.inner.nf4(name),
+            State::Ready(_) => self.inner.nf4(name, device),
             State::Writing(writer) => {
-                let weight = self.inner.nf4(name)?;
-                store(writer, name, &weight);
+                let weight = self.inner.nf4(name, device)?;
+                store(writer, name, &weight.to_device(Device::Cpu));
                 Ok(weight)
             }
         }

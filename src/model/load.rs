@@ -80,7 +80,7 @@ impl Loader<'_> {
             Quantization::None => BaseWeight::Dense(self.tensor(&name, &shape)?),
             Quantization::Nf4 => {
                 self.check_shape(&name, &shape)?;
-                let weight = self.source.nf4(&name)?.to_device(self.device);
+                let weight = self.source.nf4(&name, self.device)?;
                 if self.keeps_dequantised() {
                     BaseWeight::Dense(weight.dequantize(self.kind))
                 } else {

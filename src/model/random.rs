@@ -53,7 +53,7 @@ impl TensorSource for RandomWeights {
         Ok(if shape.len() == 1 { weights + 1.0 } else { weights })
     }
 
-    fn nf4(&self, name: &str) -> Result<Nf4Weight> {
+    fn nf4(&self, name: &str, device: Device) -> Result<Nf4Weight> {
         let shape = self.shape(name).with_context(|| format!("there is no `{name}`"))?;
         let shape: [i64; 2] =
             shape.try_into().ok().with_context(|| format!("`{name}` is no weight of a product"))?;
@@ -68,6 +68,7 @@ impl TensorSource for RandomWeights {
             nested_code: Tensor::f_from_slice(&dynamic_map(true))?.f_to_device(self.device)?,
             nested_offset: MEAN_SCALE,
             shape,
-        })
+        }
+        .to_device(device))
     }
 }

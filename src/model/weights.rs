@@ -1,7 +1,7 @@
 //! Names to tensors: what a decoder is built from, whatever file holds it.
 
 use anyhow::Result;
-use tch::Tensor;
+use tch::{Device, Tensor};
 
 use crate::kernels::nf4::Nf4Weight;
 
@@ -19,11 +19,11 @@ pub trait TensorSource: Send + Sync {
     /// When there is no such tensor or the file is damaged; the message names the file and the tensor.
     fn tensor(&self, name: &str) -> Result<Tensor>;
 
-    /// The tensor in NF4: from a cache where there is one, else quantised now.
+    /// The tensor in NF4 on `device`: from a cache where there is one, else quantised there, with the same bits on every device.
     ///
     /// # Errors
     /// As [`tensor`](Self::tensor), or when the tensor cannot be quantised.
-    fn nf4(&self, name: &str) -> Result<Nf4Weight> {
-        Nf4Weight::quantize(&self.tensor(name)?)
+    fn nf4(&self, name: &str, device: Device) -> Result<Nf4Weight> {
+        Nf4Weight::quantize(&self.tensor(name)?.f_to_device(device)?)
     }
 }

@@ -7,7 +7,7 @@ use granite::checkpoint::nf4_cache::Nf4Cache;
 use granite::kernels::nf4::Nf4Weight;
 use granite::model::weights::TensorSource as _;
 use granite::recipe::Projection;
-use tch::Kind;
+use tch::{Device, Kind};
 
 use crate::tiny;
 
@@ -22,7 +22,8 @@ fn check_all(cache: &Nf4Cache, model: &BaseModel) {
     for layer in 0..model.config.num_hidden_layers {
         for projection in Projection::ALL {
             let name = format!("{}.weight", projection.path(layer));
-            let (ours, expected) = (cache.nf4(&name).unwrap(), model.tensors.nf4(&name).unwrap());
+            let (ours, expected) =
+                (cache.nf4(&name, Device::Cpu).unwrap(), model.tensors.nf4(&name, Device::Cpu).unwrap());
             assert!(same(&ours, &expected), "{name}");
         }
     }
@@ -62,7 +63,7 @@ fn the_second_start_reads_what_the_first_wrote() {
 fn a_load_that_stops_early_leaves_nothing() {
     let folder = tempfile::tempdir().unwrap();
     let (first, _) = cache(folder.path());
-    first.nf4("model.layers.0.self_attn.q_proj.weight").unwrap();
+    first.nf4("model.layers.0.self_attn.q_proj.weight", Device::Cpu).unwrap();
     drop(first);
     assert!(files(folder.path()).is_empty());
 }

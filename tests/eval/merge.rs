@@ -167,10 +167,12 @@ fn merged_to_four_bits_is_read_back_as_it_was_quantised() {
             for step in &written.steps {
                 let projection = *Projection::ALL.iter().find(|one| one.name() == step.projection).unwrap();
                 let name = format!("{}.weight", projection.path(step.layer));
-                let stored = four.tensors.nf4(&name).unwrap();
+                let stored = four.tensors.nf4(&name, Device::Cpu).unwrap();
                 let expected = match (from, adapter.spec.targets.contains(&projection)) {
                     // Not adapted: the base's own codes.
-                    (Quantization::Nf4, false) => open(&fixture(model)).tensors.nf4(&name).unwrap(),
+                    (Quantization::Nf4, false) => {
+                        open(&fixture(model)).tensors.nf4(&name, Device::Cpu).unwrap()
+                    }
                     _ => Nf4Weight::quantize(&exact.tensors.tensor(&name).unwrap()).unwrap(),
                 };
                 assert!(

@@ -20,6 +20,7 @@ use granite::eval::hardness::Hardness;
 use granite::eval::{fence, finance_program, number, rouge, sql};
 use granite::model::weights::TensorSource;
 use granite::recipe::{Recipe, TemplateSpec};
+use tch::Device;
 
 /// A reader: takes a folder of its own, where it may find what stays the same, and the bytes.
 pub type Target = fn(&Path, &[u8]) -> Result<()>;
@@ -149,7 +150,7 @@ fn every_tensor(source: &dyn TensorSource) {
     for name in source.names() {
         let _ = source.shape(&name);
         let _ = source.tensor(&name);
-        let _ = source.nf4(&name);
+        let _ = source.nf4(&name, Device::Cpu);
     }
 }
 
@@ -246,6 +247,6 @@ pub fn nf4_cache(folder: &Path, bytes: &[u8]) -> Result<()> {
     fs::write(cache.join("manifest.json"), bytes)?;
     fs::write(cache.join("nf4.safetensors"), bytes)?;
     let tensors = Nf4Cache::new(Box::new(FolderTensors::open(&model)?), &config, "base", folder);
-    tensors.nf4("model.layers.0.self_attn.q_proj.weight")?;
+    tensors.nf4("model.layers.0.self_attn.q_proj.weight", Device::Cpu)?;
     Ok(())
 }

@@ -208,7 +208,7 @@ impl Fixed {
         let (mut dense, mut nf4) = (BTreeMap::new(), BTreeMap::new());
         for name in source.names() {
             if name.contains("_proj") {
-                nf4.insert(name.clone(), source.nf4(&name)?);
+                nf4.insert(name.clone(), source.nf4(&name, Device::Cpu)?);
             } else {
                 dense.insert(name.clone(), source.tensor(&name)?);
             }
@@ -239,8 +239,8 @@ impl TensorSource for Fixed {
             .with_context(|| format!("there is no `{name}`"))
     }
 
-    fn nf4(&self, name: &str) -> Result<Nf4Weight> {
-        Self::with(&self.nf4, |map| map.get(name).map(|weight| weight.to_device(Device::Cpu)))
+    fn nf4(&self, name: &str, device: Device) -> Result<Nf4Weight> {
+        Self::with(&self.nf4, |map| map.get(name).map(|weight| weight.to_device(device)))
             .with_context(|| format!("there is no `{name}`"))
     }
 }
