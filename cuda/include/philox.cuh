@@ -24,4 +24,17 @@ __device__ __forceinline__ uint4 philox4x32(uint4 counter, uint2 key) {
   return counter;
 }
 
+// The same with the keys of all rounds at hand: as a kernel's argument they cost no instruction.
+template <int kRounds>
+__device__ __forceinline__ uint4 philox4x32_scheduled(uint4 counter, const uint2 (&keys)[kRounds]) {
+#pragma unroll
+  for (int round = 0; round < kRounds; ++round) {
+    const uint64_t p0 = static_cast<uint64_t>(0xD2511F53u) * counter.x;
+    const uint64_t p1 = static_cast<uint64_t>(0xCD9E8D57u) * counter.z;
+    counter = make_uint4(static_cast<uint32_t>(p1 >> 32) ^ counter.y ^ keys[round].x, static_cast<uint32_t>(p1),
+                         static_cast<uint32_t>(p0 >> 32) ^ counter.w ^ keys[round].y, static_cast<uint32_t>(p0));
+  }
+  return counter;
+}
+
 }  // namespace granite

@@ -5,6 +5,7 @@
 //! A kernel that can be exact must equal its twin bit for bit (`exact`), others keep to a tolerance (`tolerance`).
 
 mod adamw;
+mod adapter_dropout;
 mod attention;
 mod bandwidth;
 mod bitsandbytes;
@@ -165,6 +166,7 @@ fn each(checks: &mut Checks<'_>, library: Option<&CudaLibrary>) {
     checks.run("dropout_rows_bf16", |device| dropout::rows(device, Kind::BFloat16, false));
     checks.run("dropout_add_rows_f32", |device| dropout::rows(device, Kind::Float, true));
     checks.run("dropout_add_rows_bf16", |device| dropout::rows(device, Kind::BFloat16, true));
+    adapter_dropout::checks(checks);
     checks.run("nf4 on the GPU, as on the processor", bitsandbytes::across_devices);
     rms_norm::checks(checks);
     rope::checks(checks);

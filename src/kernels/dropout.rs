@@ -1,8 +1,9 @@
 //! Dropout whose mask is a function of a counter, so that recompute and resume see the same mask.
 //!
-//! Element `i` of a tensor takes word `i % 4` of Philox4x32 (see [`super::philox`]) at the counter
-//! `[i / 4, module, microbatch low, microbatch high]` under the key `[seed low, seed high]`. Nothing is hashed: two
-//! different (seed, micro-batch, module, element) never share a counter, as long as a tensor has at most 2³⁴ elements.
+//! Element `i` of a tensor takes the low 15 bits of half `i % 2` of word `i / 2 % 4` of Philox4x32 (see [`super::philox`]) at
+//! the counter `[i / 8, module, microbatch low, microbatch high]` under the key `[seed low, seed high]`. Nothing is hashed: two
+//! different (seed, micro-batch, module, element) never share these bits, as long as a tensor has at most 2³⁵ elements. The
+//! probability is thus a multiple of 2⁻¹⁵, and the scale belongs to that multiple, so the expectation is exact.
 
 use anyhow::{Result, bail, ensure};
 use cudarc::driver::LaunchConfig;
@@ -15,8 +16,14 @@ use super::host::{self, Element};
 use super::philox::{ROUNDS, philox4x32};
 use super::rows::{Rows, gpu_of, vectorised};
 
-/// Elements a mask can cover: 2³² counters of four words.
-const MAX_ELEMENTS: usize = 1 << 34;
+/// Elements a mask can cover: 2³² counters of eight halves.
+const MAX_ELEMENTS: usize = 1 << 35;
+
+/// Bits that decide an element.
+const BITS: u32 = 15;
+
+/// What an element's bits are compared in units of.
+const UNITS: u32 = 1 << BITS;
 
 /// Names one mask: same key, same mask, on every device.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -32,12 +39,12 @@ pub struct DropoutKey {
 /// `x` with elements dropped with probability `p` and the others scaled by `1/(1-p)`, in the dtype of `x`
 /// (f32 or bf16, any shape, contiguous). Applied to an output gradient with the same key it is also the backward pass.
 ///
-/// A kept element is `round(x · s)` with `s = 1/(1-p)` rounded to f32, the product in f32 and rounded to nearest even;
+/// `p` is rounded to a multiple of 2⁻¹⁵. A kept element is `round(x · s)` with `s = 1/(1-p)` rounded to f32, the product in f32 and rounded to nearest even;
 /// a dropped one is `+0`, whatever `x` was; no number is the NaN with all bits but the sign set. With `p = 0` the result shares the memory of `x`.
 /// The result is a plain value: libtorch's autograd does not see through it.
 ///
 /// # Errors
-/// When `x` is not contiguous, of a dtype the kernel lacks or larger than 2³⁴ elements, or `p` is outside `[0, 1)`.
+/// When `x` is not contiguous, of a dtype the kernel lacks or larger than 2³⁵ elements, or `p` is outside `[0, 1)` or rounds to 1.
 pub fn dropout(x: &Tensor, p: f64, key: DropoutKey) -> Result<Tensor> {
     if p == 0.0 || !x.device().is_cuda() {
         return dropout_reference(x, p, key);
@@ -70,7 +77,7 @@ pub fn dropout_reference(x: &Tensor, p: f64, key: DropoutKey) -> Result<Tensor> 
 /// any distance apart, not overlapping. The mask is that of a contiguous `[rows, columns]`. With `p = 0` it is a copy.
 ///
 /// # Errors
-/// When shapes, dtypes or devices differ, rows overlap or are not contiguous, they hold more than 2³⁴ elements, `p` is
+/// When shapes, dtypes or devices differ, rows overlap or are not contiguous, they hold more than 2³⁵ elements, `p` is
 /// outside `[0, 1)`, or the driver fails.
 pub fn dropout_rows_into(x: &Tensor, y: &Tensor, p: f64, key: DropoutKey) -> Result<()> {
     let (from, to) = check_rows(x, y, p)?;
@@ -126,6 +133,7 @@ fn check(x: &Tensor, p: f64) -> Result<()> {
 
 fn check_mask(x: &Tensor, p: f64) -> Result<()> {
     ensure!((0.0..1.0).contains(&p), "dropout probability is {p}, expected a value in [0, 1)");
+    ensure!(threshold(p) < UNITS, "dropout probability {p} is nearer to 1 than a mask can tell");
     ensure!(x.numel() <= MAX_ELEMENTS, "dropout covers at most {MAX_ELEMENTS} elements, got {}", x.numel());
     match x.kind() {
         Kind::Float | Kind::BFloat16 => Ok(()),
@@ -137,17 +145,23 @@ fn check_mask(x: &Tensor, p: f64) -> Result<()> {
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Mask {
     key: DropoutKey,
-    /// An element is dropped when its word is below this: `p` in units of 2⁻³².
-    threshold: u32,
-    /// `1/(1-p)`.
-    scale: f32,
+    /// An element is dropped when its bits are below this: `p` in units of 2⁻¹⁵.
+    pub(super) threshold: u32,
+    /// `1/(1-p)` of that `p`.
+    pub(super) scale: f32,
+}
+
+fn threshold(p: f64) -> u32 {
+    // p < 1, so the product is at most 2¹⁵.
+    (p * f64::from(UNITS)).round() as u32
 }
 
 impl Mask {
-    /// The mask of `key` with `p` in `[0, 1)`.
+    /// The mask of `key` with `p` in `[0, 1)`, not so near 1 that it rounds to it.
     pub(super) fn new(p: f64, key: DropoutKey) -> Self {
-        // p < 1, so the product is below 2³² and the cast truncates nothing but the fraction.
-        Self { key, threshold: (p * 4_294_967_296.0) as u32, scale: (1.0 / (1.0 - p)) as f32 }
+        let threshold = threshold(p);
+        let share = f64::from(threshold) / f64::from(UNITS);
+        Self { key, threshold, scale: (1.0 / (1.0 - share)) as f32 }
     }
 }
 
@@ -209,7 +223,7 @@ pub(super) fn launch(x: &Tensor, y: &Tensor, mask: Mask) -> Result<()> {
         vectorised: u32::from((from | to).is_multiple_of(THREAD_BYTES as u64)),
     };
     let threads = elements.div_ceil(THREAD_BYTES / x.kind().elt_size_in_bytes());
-    // At most 2³⁴ elements, so at most 2²⁴ blocks.
+    // At most 2³⁵ elements, so at most 2²⁵ blocks.
     let blocks = threads.div_ceil(THREADS) as u32;
     let shape =
         LaunchConfig { grid_dim: (blocks, 1, 1), block_dim: (THREADS as u32, 1, 1), shared_mem_bytes: 0 };
@@ -264,7 +278,7 @@ fn launch_rows(names: [&'static str; 2], kind: Kind, x: &Rows<'_>, y: &Rows<'_>,
         scale: mask.scale,
         vectorised: u32::from(vectorised(&[x, y]) && columns / size <= u64::from(u32::MAX)),
     };
-    // At most 2³⁴ elements, so at most 2²⁴ blocks.
+    // At most 2³⁵ elements, so at most 2²⁵ blocks.
     let blocks = elements.div_ceil(size).div_ceil(THREADS as u64) as u32;
     let shape =
         LaunchConfig { grid_dim: (blocks, 1, 1), block_dim: (THREADS as u32, 1, 1), shared_mem_bytes: 0 };
@@ -312,7 +326,7 @@ impl Scale for bf16 {
 const LANES: usize = 8;
 
 /// Elements of a group of [`LANES`] counters.
-const GROUP: usize = 4 * LANES;
+const GROUP: usize = 8 * LANES;
 
 /// Elements of a task: large enough that handing it to a thread is free, small enough that threads finish together.
 const TASK: usize = 512 * GROUP;
@@ -322,8 +336,8 @@ fn apply<T: Scale>(x: &Tensor, mask: Mask) -> Result<Tensor> {
     let elements = host::slice::<T>(x)?;
     Ok(host::filled(&x.size(), |y: &mut [T]| {
         elements.par_chunks(TASK).zip(y.par_chunks_mut(TASK)).enumerate().for_each(|(task, (x, y))| {
-            // At most 2³⁴ elements, so a counter fits 32 bits.
-            task_on_best(x, y, (task * (TASK / 4)) as u32, mask);
+            // At most 2³⁵ elements, so a counter fits 32 bits.
+            task_on_best(x, y, (task * (TASK / 8)) as u32, mask);
         });
     }))
 }
@@ -347,16 +361,16 @@ fn apply_task_avx2<T: Scale>(x: &[T], y: &mut [T], first_counter: u32, mask: Mas
 #[inline(always)]
 fn apply_task<T: Scale>(x: &[T], y: &mut [T], first_counter: u32, mask: Mask) {
     for (group, (x, y)) in x.chunks(GROUP).zip(y.chunks_mut(GROUP)).enumerate() {
-        let words = group_words(first_counter.wrapping_add((group * LANES) as u32), mask.key);
-        for ((y, &x), &word) in y.iter_mut().zip(x).zip(&words) {
-            *y = if word < mask.threshold { T::DROPPED } else { x.scaled(mask.scale) };
+        let bits = group_bits(first_counter.wrapping_add((group * LANES) as u32), mask.key);
+        for ((y, &x), &bits) in y.iter_mut().zip(x).zip(&bits) {
+            *y = if bits < mask.threshold { T::DROPPED } else { x.scaled(mask.scale) };
         }
     }
 }
 
-/// The words of [`LANES`] successive counters in the order of the elements.
+/// The bits of [`LANES`] successive counters' elements, in their order.
 #[inline(always)]
-fn group_words(first_counter: u32, key: DropoutKey) -> [u32; GROUP] {
+fn group_bits(first_counter: u32, key: DropoutKey) -> [u32; GROUP] {
     let counter = [
         std::array::from_fn(|lane| first_counter.wrapping_add(lane as u32)),
         [key.module; LANES],
@@ -364,7 +378,7 @@ fn group_words(first_counter: u32, key: DropoutKey) -> [u32; GROUP] {
         [(key.microbatch >> 32) as u32; LANES],
     ];
     let by_word = philox4x32::<ROUNDS, LANES>(counter, [key.seed as u32, (key.seed >> 32) as u32]);
-    std::array::from_fn(|element| by_word[element % 4][element / 4])
+    std::array::from_fn(|element| by_word[element / 2 % 4][element / 8] >> (16 * (element % 2)) & (UNITS - 1))
 }
 
 #[cfg(test)]
@@ -392,21 +406,22 @@ mod tests {
     }
 
     #[test]
-    fn each_element_takes_its_own_word() {
+    fn each_element_takes_its_own_bits() {
         // Against the definition in the module's head, one counter at a time.
         let [low, high] = [KEY.seed as u32, (KEY.seed >> 32) as u32];
         let mask = kept(1001, 0.3, KEY);
         for (element, kept) in mask.into_iter().enumerate() {
-            let counter = [[element as u32 / 4], [KEY.module], [KEY.microbatch as u32], [0]];
-            let word = philox4x32::<ROUNDS, 1>(counter, [low, high])[element % 4][0];
-            assert_eq!(kept, f64::from(word) >= (0.3_f64 * 4_294_967_296.0).floor(), "element {element}");
+            let counter = [[element as u32 / 8], [KEY.module], [KEY.microbatch as u32], [0]];
+            let word = philox4x32::<ROUNDS, 1>(counter, [low, high])[element % 8 / 2][0];
+            let half = if element % 2 == 0 { word & 0xffff } else { word >> 16 };
+            assert_eq!(kept, half % 32_768 >= (0.3_f64 * 32_768.0).round() as u32, "element {element}");
         }
     }
 
     #[test]
     fn keeps_the_share_it_should() {
         let trials = 1 << 20;
-        for p in [0.01, 0.1, 0.5, 0.9] {
+        for p in [0.01, 0.1, 0.5, 0.9, 1.0 - 1e-4] {
             let hits = kept(trials, p, KEY).into_iter().filter(|&kept| kept).count();
             assert!(sigmas(hits, trials as usize, 1.0 - p) < 5.0, "p = {p}: kept {hits} of {trials}");
         }
@@ -429,7 +444,7 @@ mod tests {
             let same = agreeing(&mask, &kept(trials, p, other));
             assert!(sigmas(same, trials as usize, 0.5) < 5.0, "{other:?}: {same} of {trials} agree");
         }
-        for distance in [1, 2, 3, 4, 8, 32, 576] {
+        for distance in [1, 2, 3, 4, 8, 16, 64, 576] {
             let same = agreeing(&mask[distance..], &mask[..mask.len() - distance]);
             assert!(sigmas(same, trials as usize - distance, 0.5) < 5.0, "neighbours at {distance}: {same}");
         }
@@ -446,7 +461,7 @@ mod tests {
     #[test]
     fn scales_in_f32_and_rounds_to_nearest_even() {
         let x = Tensor::randn([37, 61], (Kind::Float, Device::Cpu));
-        let p = 0.1;
+        let p = 0.125;
         let mask = kept(37 * 61, p, KEY);
         for kind in [Kind::Float, Kind::BFloat16] {
             let x = x.to_kind(kind);
@@ -490,6 +505,7 @@ mod tests {
         for p in [-0.1, 1.0, f64::NAN] {
             assert!(dropout(&x, p, KEY).unwrap_err().to_string().contains("[0, 1)"));
         }
+        assert!(dropout(&x, 1.0 - 1e-6, KEY).unwrap_err().to_string().contains("nearer to 1"));
         assert!(dropout(&x.tr(), 0.1, KEY).unwrap_err().to_string().contains("contiguous"));
         let double = x.to_kind(Kind::Double);
         assert!(dropout(&double, 0.1, KEY).unwrap_err().to_string().contains("f32 and bf16"));

@@ -3,6 +3,8 @@
 //! The one place for `unsafe`: memory that tch or the driver lends, and calls into libraries loaded at run time.
 
 pub mod adamw;
+#[expect(unsafe_code, reason = "kernel launches")]
+pub mod adapter_dropout;
 pub mod attention;
 #[expect(unsafe_code, reason = "calls into a foreign library on tensor memory")]
 pub mod bitsandbytes;

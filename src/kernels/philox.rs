@@ -39,6 +39,13 @@ pub fn philox4x32<const ROUNDS: usize, const LANES: usize>(
     [c0, c1, c2, c3]
 }
 
+/// The keys of all rounds, for kernels that take them as an argument.
+pub(super) fn key_schedule(key: [u32; 2]) -> [[u32; 2]; ROUNDS] {
+    std::array::from_fn(|round| {
+        [0, 1].map(|half| key[half].wrapping_add(WEYL[half].wrapping_mul(round as u32)))
+    })
+}
+
 #[cfg(test)]
 mod tests {
     use super::philox4x32;

@@ -70,6 +70,13 @@ pub struct Member {
     pub rank: i64,
 }
 
+impl Member {
+    /// Its adapter columns, filled up.
+    pub fn columns(&self) -> i64 {
+        padded(self.rank)
+    }
+}
+
 impl Group {
     /// The group of a model whose projections have adapters as `lora` says.
     pub fn new(name: GroupName, config: &ModelConfig, lora: &LoraSpec) -> Self {

@@ -7,7 +7,7 @@ use super::Fused;
 use super::group::{Group, GroupName, Member};
 use super::pass::Pass;
 use super::workspace::matrix;
-use crate::kernels::dropout::{dropout_add_rows, dropout_rows_into};
+use crate::kernels::adapter_dropout::{Products, Share};
 use crate::model::layer::DecoderLayer;
 use crate::model::linear::Adapter;
 use crate::model::params::ParamSet;
@@ -31,7 +31,7 @@ pub(super) struct AdapterOperands<'a> {
     pub(super) x: &'a Tensor,
     /// What the layer keeps of adapter inputs.
     pub(super) xa: &'a Tensor,
-    /// `[tokens, in]`, for the dropped input.
+    /// `[tokens, in]`, where products with the dropped input are made.
     pub(super) spare: &'a Tensor,
 }
 
@@ -109,18 +109,14 @@ impl Fused {
         if group.is_padded() {
             let _ = spare.shallow_clone().f_zero_()?;
         }
+        let kept = at.xa(xa);
         if pass.dropout.is_some() {
-            for (member, adapter) in at.adapted() {
-                let dropped = matrix(&self.workspace.inner, pass.tokens, width);
-                self.drop_into(at, member, &x, &dropped, pass)?;
-                let to = spare.narrow(1, member.column, member.rank);
-                let a = a.narrow(0, member.column, member.rank);
-                self.gemm.multiply(&dropped, &a.tr(), &to, adapter.scale, 0.0)?;
-            }
+            let room = matrix(&self.workspace.inner, pass.tokens, width);
+            self.products(at, &a, pass)?.input(&self.gemm, &x, [&spare, &kept], at.scale(), &room)?;
         } else {
             self.gemm.multiply(&x, &a.tr(), &spare, at.scale(), 0.0)?;
+            kept.shallow_clone().f_copy_(&spare)?;
         }
-        at.xa(xa).f_copy_(&spare)?;
         self.clock.mark("adapter")
     }
 
@@ -161,18 +157,15 @@ impl Fused {
         }
         self.gemm.multiply(&dy.narrow(1, 0, outputs), &weight.narrow(0, 0, outputs), dx, factor, 0.0)?;
         self.clock.mark("products")?;
-        for (member, adapter) in at.adapted() {
-            let through_b = dy.narrow(1, outputs + member.column, member.rank);
-            let a = weight.narrow(0, outputs + member.column, member.rank);
-            self.gemm.multiply(&through_b, &a, spare, factor, 0.0)?;
-            let key = self.key(at, member, pass).context("a mask without a key")?;
-            dropout_add_rows(dx, spare, adapter.dropout, key)?;
+        if group.ranks() > 0 {
+            let through_b = dy.narrow(1, outputs, group.ranks());
+            let a = weight.narrow(0, outputs, group.ranks());
+            self.products(at, &a, pass)?.to_input(&self.gemm, &through_b, dx, factor, spare)?;
         }
         self.clock.mark("adapter")
     }
 
-    /// Adds `dB = factor · dYᵀ·xa` and `dA = factor · (s·dY·B)ᵀ·drop(x)` to `grads`; `spare` `[tokens, in]` takes the
-    /// dropped input.
+    /// Adds `dB = factor · dYᵀ·xa` and `dA = factor · (s·dY·B)ᵀ·drop(x)` to `grads`.
     pub(super) fn adapter_gradients(
         &self,
         at: At<'_>,
@@ -182,36 +175,38 @@ impl Fused {
         grads: &ParamSet,
     ) -> Result<()> {
         let AdapterOperands { dy, x, xa, spare } = operands;
-        let outputs = at.group.output();
+        let (outputs, ranks) = (at.group.output(), at.group.ranks());
         let xa = at.xa(xa);
         for (member, adapter) in at.adapted() {
             let of_member = dy.narrow(1, member.row, member.rows);
             let xa = xa.narrow(1, member.column, member.rank);
             self.gemm.multiply(&of_member.tr(), &xa, &grads.view(adapter.b_slot), factor, 1.0)?;
-            let through_b = dy.narrow(1, outputs + member.column, member.rank);
-            let input = if pass.dropout.is_some() {
-                self.drop_into(at, member, x, spare, pass)?;
-                spare
-            } else {
-                x
-            };
-            self.gemm.multiply(&through_b.tr(), input, &grads.view(adapter.a_slot), factor, 1.0)?;
+            if pass.dropout.is_none() {
+                let through_b = dy.narrow(1, outputs + member.column, member.rank);
+                self.gemm.multiply(&through_b.tr(), x, &grads.view(adapter.a_slot), factor, 1.0)?;
+            }
+        }
+        if pass.dropout.is_some() && ranks > 0 {
+            let a = self.laid_out(at).narrow(0, outputs, ranks).narrow(1, 0, at.group.input);
+            let of_a: Vec<Tensor> = at.adapted().map(|(_, adapter)| grads.view(adapter.a_slot)).collect();
+            let through_b = dy.narrow(1, outputs, ranks);
+            self.products(at, &a, pass)?.to_a(&self.gemm, &through_b, x, &of_a, factor, spare)?;
         }
         self.clock.mark("adapter")
     }
 
-    fn drop_into(&self, at: At<'_>, member: &Member, x: &Tensor, to: &Tensor, pass: &Pass<'_>) -> Result<()> {
-        let adapter = at.layer.projection(member.projection).adapter.as_ref();
-        let p = adapter.map_or(0.0, |adapter| adapter.dropout);
-        dropout_rows_into(x, to, p, self.key(at, member, pass).context("a mask without a key")?)
-    }
-
-    fn key(
-        &self,
-        at: At<'_>,
-        member: &Member,
-        pass: &Pass<'_>,
-    ) -> Option<crate::kernels::dropout::DropoutKey> {
-        at.layer.projection(member.projection).key(pass.dropout)
+    /// The group's products with dropped inputs; `a` `[ranks, in]`.
+    fn products<'a>(&self, at: At<'_>, a: &'a Tensor, pass: &Pass<'_>) -> Result<Products<'a>> {
+        let shares = at.adapted().map(|(member, _)| {
+            let key = at.layer.projection(member.projection).key(pass.dropout);
+            Ok(Share {
+                column: member.column,
+                columns: member.columns(),
+                rank: member.rank,
+                key: key.context("a mask without a key")?,
+            })
+        });
+        let p = at.adapted().next().map_or(0.0, |(_, adapter)| adapter.dropout);
+        Ok(Products { a, shares: shares.collect::<Result<_>>()?, p })
     }
 }
