@@ -3,6 +3,7 @@
 pub mod audit;
 pub mod clean;
 pub mod contamination;
+mod decoding;
 pub mod duplicates;
 pub mod example;
 pub mod fit;

@@ -29,6 +29,7 @@ use parquet::arrow::arrow_reader::ParquetRecordBatchReaderBuilder;
 use parquet::basic::{Compression, ZstdLevel};
 use parquet::file::properties::WriterProperties;
 
+use super::decoding::decoding;
 use super::example::Role;
 use super::fit::Turn;
 use super::manifest::{FORMAT_VERSION, Manifest};
@@ -329,13 +330,6 @@ fn write_examples(path: &Path, examples: &[Lineage]) -> Result<()> {
     writer.write(&RecordBatch::try_new(schema, columns)?)?;
     writer.close().with_context(|| format!("cannot write `{}`", path.display()))?;
     Ok(())
-}
-
-/// Runs what decodes parquet: on some damaged pages the library panics, which is an error here.
-fn decoding<T>(decode: impl FnOnce() -> Result<T>) -> Result<T> {
-    // What `decode` borrows is not used after a panic: the error ends the reading.
-    std::panic::catch_unwind(std::panic::AssertUnwindSafe(decode))
-        .unwrap_or_else(|_| Err(anyhow!("the file is damaged: its pages cannot be decoded")))
 }
 
 fn read_rows(path: &Path) -> Result<Vec<PackedRow>> {

@@ -112,7 +112,7 @@ macro_rules! fuzzed {
 }
 
 fuzzed! {
-    records schemas answer recipe template gguf safetensors weights model_config adapter_config adapter_tensors tokenizer_json
+    records columns saved_folder sources card schemas answer recipe template gguf safetensors weights model_config adapter_config adapter_tensors tokenizer_json
     tokenizer_config dataset_rows run_state nf4_cache
 }
 

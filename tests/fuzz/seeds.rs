@@ -2,7 +2,14 @@
 
 use std::fs;
 use std::io::Write as _;
+use std::sync::Arc;
 
+use arrow::array::{
+    ArrayRef, BooleanArray, Date32Array, DictionaryArray, Float32Array, Int64Array, ListBuilder, NullArray,
+    RecordBatch, StringArray, StringBuilder, StringViewArray, StructArray,
+};
+use arrow::datatypes::{DataType, Field, Int32Type};
+use arrow::ipc::writer::{FileWriter, StreamWriter};
 use granite::checkpoint::form::Form;
 use granite::checkpoint::merge::{self, MergeOptions};
 use granite::checkpoint::{adapter, base::BaseModel};
@@ -11,12 +18,20 @@ use granite::data::store::{self, PackedRow, Split};
 use granite::model::batch::Sequence;
 use granite::recipe::{DataSpec, Quantization};
 
+use parquet::arrow::ArrowWriter;
+use parquet::basic::Compression;
+use parquet::file::properties::WriterProperties;
+
 use crate::targets::fixtures;
 
 /// Seeds and words of a target.
 pub fn of(target: &str) -> (Vec<Vec<u8>>, &'static [&'static str]) {
     match target {
         "records" => (dumps(), JSON),
+        "columns" => (columns(), COLUMNS),
+        "saved_folder" => (NOTES.map(|text| text.as_bytes().to_vec()).to_vec(), JSON),
+        "sources" => (source_dumps(), JSON),
+        "card" => (cards(), TOML),
         "schemas" => (samples(&["spider/tables.json"]), JSON),
         "answer" => (ANSWERS.map(|text| text.as_bytes().to_vec()).to_vec(), WORDS),
         "recipe" => (recipes(), TOML),
@@ -84,6 +99,8 @@ const JINJA: &[&str] = &[
     "{% endif %}",
     "| replace('', messages)",
 ];
+const COLUMNS: &[&str] =
+    &["PAR1", "ARROW1", "\u{0}\u{0}\u{0}\u{0}", "text", "turns", "kind", "element", "pandas", "ARROW:schema"];
 const WORDS: &[&str] = &[
     "SELECT ",
     " FROM ",
@@ -131,6 +148,10 @@ const ANSWERS: [&str; 5] = [
     "The answer is $ 1,234.50, which is -3.2% of 2e3.",
     "#### 42\n\n[\"x\"] /* SELECT",
 ];
+const NOTES: [&str; 2] = [
+    r#"{"_data_files": [{"filename": "data-00000-of-00002.arrow"}], "_fingerprint": "x", "_split": "train", "_indices_files": null}"#,
+    r#"{"splits": ["test", "train"]}"#,
+];
 const GGUF: &[&str] =
     &["GGUF", "general.alignment", "tokenizer.ggml.tokens", "llama.block_count", "\u{9}\u{0}\u{0}\u{0}"];
 const SAFETENSORS: &[&str] = &[
@@ -171,7 +192,69 @@ fn samples(names: &[&str]) -> Vec<Vec<u8>> {
     names.iter().map(|name| fs::read(fixtures().join("../../datasets/sample").join(name)).unwrap()).collect()
 }
 
-/// The same records as an array, wrapped, as lines, in gzip and in a zip.
+fn cards() -> Vec<Vec<u8>> {
+    let known = fs::read(fixtures().join("../../datasets/convfinqa.toml")).unwrap();
+    vec![crate::targets::CARD.as_bytes().to_vec(), known]
+}
+
+/// Records of every source.
+fn source_dumps() -> Vec<Vec<u8>> {
+    let talk =
+        br#"[{"a": {"turns": [{"who": "user", "said": "2 + 2?"}, {"who": "assistant", "said": "4"}]}}]"#;
+    let names = [
+        "dolly.jsonl",
+        "finance_alpaca.json",
+        "code_alpaca.json",
+        "convfinqa/train.json",
+        "spider/train_spider.json",
+    ];
+    let mut dumps = samples(&names);
+    dumps.push(talk.to_vec());
+    dumps
+}
+
+/// One table in each form.
+fn columns() -> Vec<Vec<u8>> {
+    let mut turns = ListBuilder::new(StringBuilder::new());
+    turns.append_value([Some("a"), None]);
+    turns.append_null();
+    let kinds: DictionaryArray<Int32Type> = vec![Some("x"), Some("y")].into_iter().collect();
+    let role = Arc::new(Field::new("role", DataType::Utf8, true));
+    let message = StructArray::from(vec![(role, Arc::new(StringArray::from(vec!["user", "x"])) as ArrayRef)]);
+    let columns: Vec<(&str, ArrayRef)> = vec![
+        ("text", Arc::new(StringArray::from(vec![Some("a"), None]))),
+        ("view", Arc::new(StringViewArray::from(vec!["longer than twelve bytes", ""]))),
+        ("id", Arc::new(Int64Array::from(vec![i64::MAX, -1]))),
+        ("share", Arc::new(Float32Array::from(vec![0.1, f32::NAN]))),
+        ("good", Arc::new(BooleanArray::from(vec![true, false]))),
+        ("day", Arc::new(Date32Array::from(vec![0, 20_000]))),
+        ("turns", Arc::new(turns.finish())),
+        ("message", Arc::new(message)),
+        ("kind", Arc::new(kinds)),
+        ("nothing", Arc::new(NullArray::new(2))),
+    ];
+    let columns = columns.into_iter().map(|(name, column)| (name, column, true));
+    let batch = RecordBatch::try_from_iter_with_nullable(columns).unwrap();
+    let schema = batch.schema();
+    let parquet = |compression| {
+        let properties = WriterProperties::builder().set_compression(compression).build();
+        let mut writer = ArrowWriter::try_new(Vec::new(), schema.clone(), Some(properties)).unwrap();
+        writer.write(&batch).unwrap();
+        writer.into_inner().unwrap()
+    };
+    let mut stream = StreamWriter::try_new(Vec::new(), &schema).unwrap();
+    stream.write(&batch).unwrap();
+    let mut file = FileWriter::try_new(Vec::new(), &schema).unwrap();
+    file.write(&batch).unwrap();
+    vec![
+        parquet(Compression::SNAPPY),
+        parquet(Compression::UNCOMPRESSED),
+        stream.into_inner().unwrap(),
+        file.into_inner().unwrap(),
+    ]
+}
+
+/// The same records as an array, wrapped, as lines, as tables, in gzip, zstd and a zip.
 fn dumps() -> Vec<Vec<u8>> {
     let records = r#"{"instruction": "Add.", "input": "2, 2", "output": "4 \u00e9 \ud83d\ude00"}, {"a": [1, -2.5e3, null, {"b": true}]}"#;
     let array = format!("[{records}]");
@@ -183,7 +266,11 @@ fn dumps() -> Vec<Vec<u8>> {
     zip.start_file("folder/train.json", zip::write::SimpleFileOptions::default()).unwrap();
     zip.write_all(array.as_bytes()).unwrap();
     let zip = zip.finish().unwrap().into_inner();
-    vec![array.into_bytes(), lines.into_bytes(), wrapped.into_bytes(), gzip.finish().unwrap(), zip]
+    let zstd = zstd::encode_all(lines.as_bytes(), 1).unwrap();
+    let csv = b"id,text\r\n1,\"two \"\"words\"\",\n2\n\"3\",\"a\nb\"\n".to_vec();
+    let tsv = b"id\ttext\n1\ttwo words\n".to_vec();
+    let plain = [array.into_bytes(), lines.into_bytes(), wrapped.into_bytes(), csv, tsv];
+    plain.into_iter().chain([gzip.finish().unwrap(), zstd, zip]).collect()
 }
 
 /// A manifest that nothing was prepared for.

@@ -11,7 +11,9 @@ use granite::checkpoint::run::RunFolder;
 use granite::checkpoint::safetensors::MappedTensors;
 use granite::checkpoint::{adapter, tensor_file, tokenizer_files};
 use granite::data::example::{Message, Role};
-use granite::data::reader::read_records;
+use granite::data::reader::{files_of, read_records};
+use granite::data::source::card::SourceCard;
+use granite::data::source::collect;
 use granite::data::source::spider::Schemas;
 use granite::data::store::{Dataset, Split};
 use granite::data::template::{ChatTemplate, Conversation};
@@ -26,8 +28,12 @@ use tch::Device;
 pub type Target = fn(&Path, &[u8]) -> Result<()>;
 
 /// All targets by name.
-pub const TARGETS: [(&str, Target); 16] = [
+pub const TARGETS: [(&str, Target); 20] = [
     ("records", records),
+    ("columns", records),
+    ("saved_folder", saved_folder),
+    ("sources", sources),
+    ("card", card),
     ("schemas", schemas),
     ("answer", answer),
     ("recipe", recipe),
@@ -50,11 +56,54 @@ pub fn fixtures() -> PathBuf {
     std::env::var_os("GRANITE_FUZZ_FIXTURES").map_or_else(|| PathBuf::from(crate::FIXTURES), PathBuf::from)
 }
 
-/// A dump: JSON array or lines, plain, gzip or zip.
+/// A dump: JSON array or lines, CSV, TSV, parquet, Arrow; plain, gzip, zstd or zip.
 pub fn records(folder: &Path, bytes: &[u8]) -> Result<()> {
     let path = folder.join("dump");
     fs::write(&path, bytes)?;
     read_records::<serde_json::Value>(&path, &["train.json"], &["data"], &mut |_, _| Ok(()))
+}
+
+/// The notes of a folder that `datasets` saved.
+pub fn saved_folder(folder: &Path, bytes: &[u8]) -> Result<()> {
+    fs::create_dir_all(folder.join("train"))?;
+    fs::write(folder.join("train/state.json"), bytes)?;
+    let _ = files_of(&folder.join("train"), &[]);
+    fs::write(folder.join("dataset_dict.json"), bytes)?;
+    files_of(folder, &[])?;
+    Ok(())
+}
+
+/// A dump as the sources that are built in understand it, and one with a card.
+pub fn sources(folder: &Path, bytes: &[u8]) -> Result<()> {
+    fs::write(folder.join("dump"), bytes)?;
+    put(folder, "tables.json", "../../datasets/sample/spider/tables.json")?;
+    fs::write(folder.join("card.toml"), CARD)?;
+    for source in SOURCES {
+        let text = source.replace("FOLDER", &folder.display().to_string());
+        let text = format!("name = \"x\"\n[model]\nbase = \"y\"\n[data.sources.{text}\n");
+        let _ = collect(&Recipe::parse(&text, Path::new("recipe.toml"), &[])?.data);
+    }
+    Ok(())
+}
+
+const SOURCES: [&str; 6] = [
+    "dolly]\npath = \"FOLDER/dump\"",
+    "finance_alpaca]\npath = \"FOLDER/dump\"",
+    "code_alpaca]\npath = \"FOLDER/dump\"",
+    "convfinqa]\npath = \"FOLDER/dump\"\ntarget = \"program_then_answer\"",
+    "spider]\npath = \"FOLDER/dump\"\ntables = \"FOLDER/tables.json\"",
+    "talk]\npath = \"FOLDER/dump\"\ncard = \"FOLDER/card.toml\"",
+];
+
+/// The card of a source of conversations.
+pub const CARD: &str = "title = \"Talk\"\nlicence = \"MIT\"\ncommercial_use = true\n[fields]\nmessages = \"a.turns\"\nrole = \"who\"\ncontent = \"said\"\n";
+
+/// A source's card.
+pub fn card(folder: &Path, bytes: &[u8]) -> Result<()> {
+    let path = folder.join("card.toml");
+    fs::write(&path, bytes)?;
+    SourceCard::read(&path)?;
+    Ok(())
 }
 
 /// Spider's `tables.json`.

@@ -1,9 +1,9 @@
 //! Parquet files and Arrow IPC, files and streams: rows of columns as JSON values.
 
 use std::fs::File;
-use std::io::{BufReader, Read, Seek};
+use std::io::{BufReader, Read, Seek, SeekFrom};
 
-use anyhow::{Context as _, Error, Result, bail};
+use anyhow::{Context as _, Error, Result, anyhow, bail};
 use arrow::array::{Array, ArrayRef, AsArray, RecordBatch};
 use arrow::buffer::Buffer;
 use arrow::datatypes::{
@@ -11,17 +11,21 @@ use arrow::datatypes::{
     UInt16Type, UInt32Type, UInt64Type,
 };
 use arrow::error::ArrowError;
-use arrow::ipc::reader::{FileReader, StreamDecoder};
+use arrow::ipc::reader::{FileReader, StreamDecoder, read_footer_length};
+use arrow::ipc::root_as_footer;
 use arrow::util::display::array_value_to_string;
 use parquet::arrow::arrow_reader::ParquetRecordBatchReaderBuilder;
 use serde_json::{Map, Number, Value};
 
 use super::json::following;
 use super::{BUFFER, FETCH_AGAIN, Place, Raw, Sink};
+use crate::data::decoding::decoding;
 use crate::error::HintExt as _;
 
 /// Rows that are decoded at once: a row may be pages of text.
 const ROWS: usize = 256;
+/// Bytes at the end of an Arrow file: the length of its footer, and `ARROW1`.
+const FOOTER_END: usize = 10;
 /// Bytes of a stream that are read at once.
 const CHUNK: u64 = 1 << 20;
 
@@ -29,10 +33,12 @@ const CHUNK: u64 = 1 << 20;
 pub(super) fn parquet(file: File, sink: Sink<'_>) -> Result<()> {
     let damaged = "the parquet file is damaged or truncated";
     let length = file.metadata()?.len();
-    let builder = ParquetRecordBatchReaderBuilder::try_new(file).context(damaged).hint(FETCH_AGAIN)?;
-    check_places(&builder, length).context(damaged).hint(FETCH_AGAIN)?;
-    let batches = builder.with_batch_size(ROWS).build().context(damaged).hint(FETCH_AGAIN)?;
-    rows(batches, damaged, sink)
+    let open = || {
+        let builder = ParquetRecordBatchReaderBuilder::try_new(file)?;
+        check_places(&builder, length)?;
+        Ok(builder.with_batch_size(ROWS).build()?)
+    };
+    rows(decoding(open).context(damaged).hint(FETCH_AGAIN)?, damaged, sink)
 }
 
 /// Refuses columns that lie outside of the file: the library panics on negative places, and believes any size.
@@ -57,8 +63,35 @@ fn check_places(builder: &ParquetRecordBatchReaderBuilder<File>, length: u64) ->
 /// Reads an Arrow IPC file, also called Feather.
 pub(super) fn arrow_file(file: impl Read + Seek, sink: Sink<'_>) -> Result<()> {
     let damaged = "the Arrow file is damaged or truncated";
-    let batches = FileReader::try_new(BufReader::with_capacity(BUFFER, file), None);
-    rows(batches.context(damaged).hint(FETCH_AGAIN)?, damaged, sink)
+    let mut file = BufReader::with_capacity(BUFFER, file);
+    let open = || {
+        check_footer(&mut file)?;
+        Ok(FileReader::try_new(file, None)?)
+    };
+    rows(decoding(open).context(damaged).hint(FETCH_AGAIN)?, damaged, sink)
+}
+
+/// Refuses a footer and batches that lie outside of the file: the library makes room for any size that they claim.
+fn check_footer(file: &mut (impl Read + Seek)) -> Result<()> {
+    let length = file.seek(SeekFrom::End(0))?;
+    let end = file.seek(SeekFrom::Start(length.saturating_sub(FOOTER_END as u64)))?;
+    let mut tail = [0; FOOTER_END];
+    file.read_exact(&mut tail)?;
+    let size = read_footer_length(tail)?;
+    let start = end.checked_sub(size as u64);
+    let start = start.with_context(|| format!("its footer has {size} bytes, the file {length}"))?;
+    file.seek(SeekFrom::Start(start))?;
+    let mut footer = vec![0; size];
+    file.read_exact(&mut footer)?;
+    let footer = root_as_footer(&footer).map_err(|error| anyhow!("its footer: {error}"))?;
+    for block in footer.recordBatches().into_iter().chain(footer.dictionaries()).flatten() {
+        let parts = [block.offset(), i64::from(block.metaDataLength()), block.bodyLength()];
+        let end = parts.iter().try_fold(0u64, |sum, part| sum.checked_add(u64::try_from(*part).ok()?));
+        if end.is_none_or(|end| end > length) {
+            bail!("a batch lies at {}, {} + {} bytes, the file has {length}", parts[0], parts[1], parts[2]);
+        }
+    }
+    Ok(file.rewind()?)
 }
 
 /// Reads an Arrow IPC stream: what `datasets` writes.
@@ -102,20 +135,21 @@ impl<R: Read> Iterator for Stream<R> {
 }
 
 fn rows(
-    batches: impl Iterator<Item = Result<RecordBatch, ArrowError>>,
+    mut batches: impl Iterator<Item = Result<RecordBatch, ArrowError>>,
     damaged: &'static str,
     sink: Sink<'_>,
 ) -> Result<()> {
     let mut number = 0;
-    for batch in batches {
+    loop {
+        let batch = decoding(|| Ok(batches.next().transpose()?));
         let batch = batch.with_context(|| format!("after record {number}: {damaged}")).hint(FETCH_AGAIN)?;
+        let Some(batch) = batch else { return Ok(()) };
         for row in 0..batch.num_rows() {
             number = following(number)?;
-            let record = record_of(&batch, row);
+            let record = decoding(|| record_of(&batch, row));
             sink(Place { record: number, line: None }, record.map(Raw::Value))?;
         }
     }
-    Ok(())
 }
 
 fn record_of(batch: &RecordBatch, row: usize) -> Result<Value> {
@@ -310,6 +344,31 @@ mod tests {
             let bytes = stream.into_inner().unwrap();
             assert_eq!(collected(|sink| arrow_stream(bytes.as_slice(), sink)).unwrap(), expected());
         }
+    }
+
+    #[test]
+    fn an_arrow_file_that_claims_more_than_it_has_is_refused() {
+        let mut file = FileWriter::try_new(Vec::new(), &batch().schema()).unwrap();
+        file.write(&batch()).unwrap();
+        let whole = file.into_inner().unwrap();
+        let told = |bytes: &[u8]| {
+            let read = collected(|sink| arrow_file(Cursor::new(bytes), sink));
+            crate::error::render(&read.unwrap_err())
+        };
+        let mut long = whole.clone();
+        let at = whole.len() - 7;
+        long[at] = 0x20;
+        assert!(told(&long).contains(&format!("bytes, the file {}", whole.len())), "{}", told(&long));
+        let mut outside = 0;
+        for at in whole.len() - 400..whole.len() - 10 {
+            let mut bytes = whole.clone();
+            bytes[at] ^= 0x40;
+            let read = collected(|sink| arrow_file(Cursor::new(&bytes), sink));
+            let text = read.err().map(|error| crate::error::render(&error)).unwrap_or_default();
+            outside += u32::from(text.contains("a batch lies at"));
+        }
+        assert!(outside > 0);
+        assert!(told(b"ARROW1").contains("damaged or truncated"));
     }
 
     #[test]
