@@ -5,6 +5,7 @@
 
 use std::io;
 use std::ops::Range;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use anyhow::{Context as _, Result, anyhow};
 use minijinja::syntax::SyntaxConfig;
@@ -186,9 +187,11 @@ impl ChatTemplate {
         };
         let template = self.environment.get_template(NAME)?;
         let mut text = Bounded::default();
-        template
-            .render_captured_to(context, &mut text)
-            .map_err(|error| anyhow!("{}", describe(&error)))
+        // Its filters come from elsewhere, and one may panic on what a template asks of it.
+        let rendered = catch_unwind(AssertUnwindSafe(|| template.render_captured_to(context, &mut text)));
+        rendered
+            .map_err(|_| anyhow!("a filter failed on what the template gives it"))
+            .and_then(|rendered| rendered.map_err(|error| anyhow!("{}", describe(&error))))
             .context("the chat template refuses the messages")?;
         Ok(String::from_utf8(text.bytes)?)
     }
@@ -427,6 +430,15 @@ mod tests {
     fn supervised_texts(template: &ChatTemplate, messages: &[Message]) -> Vec<String> {
         let chat = template.render_supervised(messages).unwrap();
         chat.supervised.iter().map(|span| chat.text[span.clone()].to_string()).collect()
+    }
+
+    #[test]
+    fn a_filter_that_panics_is_an_error() {
+        let template = compile("{{ '%(.\u{fffd}' | format }}", &TemplateSpec::default()).unwrap();
+        let messages = turns(&[(Role::User, "q")]);
+        let conversation = Conversation { messages: &messages, ..Conversation::default() };
+        let error = template.render(conversation).unwrap_err();
+        assert!(format!("{error:#}").contains("refuses the messages"), "{error:#}");
     }
 
     #[test]

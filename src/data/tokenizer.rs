@@ -8,6 +8,7 @@ use tokenizers::{DecoderWrapper, Tokenizer};
 
 use super::example::Message;
 use super::template::{ChatTemplate, Conversation, RenderedChat};
+use crate::error::user_error;
 use crate::recipe::TemplateSpec;
 
 /// What a base model brings to turn messages into tokens; read by `checkpoint::base`.
@@ -70,7 +71,7 @@ impl ChatTokenizer {
         let eos_token_ids = end_ids(files, &tokenizer)?;
         let end_tokens = eos_token_ids.iter().filter_map(|id| tokenizer.id_to_token(*id)).collect();
         let template = ChatTemplate::new(files, spec, end_tokens)?;
-        let tokens = TokenTable::new(&tokenizer);
+        let tokens = TokenTable::new(&tokenizer)?;
         Ok(Self { template, eos_token_ids, tokens, hash: content_hash(files, spec)?, tokenizer })
     }
 
@@ -284,10 +285,22 @@ struct TokenTable {
     strips_first_space: bool,
 }
 
+/// Ids of a vocabulary lie below this. The largest that models use has some 260,000.
+const MOST_IDS: usize = 1 << 24;
+
 impl TokenTable {
-    fn new(tokenizer: &Tokenizer) -> Self {
+    fn new(tokenizer: &Tokenizer) -> Result<Self> {
         let spelling = Spelling::of(tokenizer.get_decoder());
-        let size = tokenizer.get_vocab(true).into_values().max().map_or(0, |id| id as usize + 1);
+        let last = tokenizer.get_vocab(true).into_iter().max_by_key(|(_, id)| *id);
+        let size = last.as_ref().map_or(0, |(_, id)| *id as usize + 1);
+        if let Some((token, id)) = last.filter(|_| size > MOST_IDS) {
+            return Err(user_error(
+                format!(
+                    "in the model's `tokenizer.json`, token `{token}` has id {id}, expected one below {MOST_IDS}"
+                ),
+                "fetch the model again",
+            ));
+        }
         let added = tokenizer.get_added_tokens_decoder();
         let mut table = Self {
             bytes: Vec::with_capacity(size * 8),
@@ -303,7 +316,7 @@ impl TokenTable {
                 (None, None) => table.push(b"", false),
             }
         }
-        table
+        Ok(table)
     }
 
     fn push(&mut self, bytes: &[u8], special: bool) {
@@ -465,8 +478,21 @@ fn unfinished_tail(bytes: &[u8]) -> usize {
 }
 
 #[cfg(test)]
+#[expect(clippy::unwrap_used, reason = "a test stops at the first surprise")]
 mod tests {
     use super::*;
+
+    #[test]
+    fn ids_without_measure_are_refused() {
+        let told = |id: usize| {
+            let json =
+                format!(r#"{{"model":{{"type":"WordLevel","vocab":{{"a":0,"b":{id}}},"unk_token":"a"}}}}"#);
+            TokenTable::new(&Tokenizer::from_bytes(json.as_bytes()).unwrap()).map(|table| table.ends.len())
+        };
+        assert_eq!(told(7).unwrap(), 8);
+        let error = crate::error::render(&told(2_999_999_924).unwrap_err());
+        assert!(error.contains("token `b` has id 2999999924"), "{error}");
+    }
 
     #[test]
     fn every_byte_has_its_character() {

@@ -1,5 +1,6 @@
 //! Kernels: how they are compiled and embedded, each against its twin on a GPU, and NF4 against bitsandbytes.
 
+mod adapter_dropout;
 mod attention;
 mod bitsandbytes;
 mod build;
