@@ -122,6 +122,34 @@ extern __shared__ __align__(1024) unsigned char shared_memory[];
 
 constexpr int kStages = 4;
 
+// Copies of `count` steps from `first` on go round kStages places, each step in a group of its own: those that are beyond the
+// last step are empty, so that waiting counts them alike.
+template <typename Copies>
+__device__ __forceinline__ void begin_stage(const Copies& copies, const Params& p, uint32_t memory, uint32_t first,
+                                            uint32_t count, uint32_t step) {
+  if (step < count) {
+    copies.begin(p, memory + step % kStages * Copies::kStageBytes, first + step);
+  } else {
+    copies_commit();
+  }
+}
+
+template <typename Copies>
+__device__ __forceinline__ void begin_stages(const Copies& copies, const Params& p, uint32_t memory, uint32_t first,
+                                             uint32_t count) {
+#pragma unroll
+  for (uint32_t step = 0; step < kStages - 1; ++step) begin_stage(copies, p, memory, first, count, step);
+}
+
+// Waits until all threads' copies of `step` are there, and begins those that take the place of the step before.
+template <typename Copies>
+__device__ __forceinline__ void next_stage(const Copies& copies, const Params& p, uint32_t memory, uint32_t first,
+                                           uint32_t count, uint32_t step) {
+  copies_wait<kStages - 2>();
+  __syncthreads();
+  begin_stage(copies, p, memory, first, count, step + kStages - 1);
+}
+
 // input: tiles of 32 columns, rows of 64 bytes: 16 bytes each of two neighbouring rows fill all banks.
 constexpr int kInputTokens = 128;
 constexpr int kInputColumns = 32;
@@ -186,24 +214,10 @@ __device__ __forceinline__ void adapter_input(const Params& p) {
   const uint32_t token = blockIdx.x * kInputTokens + row + g;
 
   const Copies copies(p);
-#pragma unroll
-  for (uint32_t stage = 0; stage < kStages - 1; ++stage) {
-    if (stage < count) {
-      copies.begin(p, memory + stage * Copies::kStageBytes, first + stage);
-    } else {
-      copies_commit();
-    }
-  }
+  begin_stages(copies, p, memory, first, count);
   float sums[2][8][4] = {};
   for (uint32_t step = 0; step < count; ++step) {
-    copies_wait<kStages - 2>();
-    __syncthreads();
-    const uint32_t ahead = step + kStages - 1;
-    if (ahead < count) {
-      copies.begin(p, memory + ahead % kStages * Copies::kStageBytes, first + ahead);
-    } else {
-      copies_commit();
-    }
+    next_stage(copies, p, memory, first, count, step);
     const uint32_t tile = memory + step % kStages * Copies::kStageBytes + g * kInputRowBytes + t * 16;
     uint32_t x[2][2][4];  // of two steps of 16 columns and two of 16 tokens
 #pragma unroll
@@ -433,24 +447,10 @@ __device__ __forceinline__ void adapter_to_a(const Params& p) {
   const uint32_t shared_columns = blockIdx.x * kToAColumns + column + g / 2 * 8;
 
   const Copies copies(p);
-#pragma unroll
-  for (uint32_t stage = 0; stage < kStages - 1; ++stage) {
-    if (stage < count) {
-      copies.begin(p, memory + stage * Copies::kStageBytes, first + stage);
-    } else {
-      copies_commit();
-    }
-  }
+  begin_stages(copies, p, memory, first, count);
   float sums[4][4][4] = {};
   for (uint32_t step = 0; step < count; ++step) {
-    copies_wait<kStages - 2>();
-    __syncthreads();
-    const uint32_t ahead = step + kStages - 1;
-    if (ahead < count) {
-      copies.begin(p, memory + ahead % kStages * Copies::kStageBytes, first + ahead);
-    } else {
-      copies_commit();
-    }
+    next_stage(copies, p, memory, first, count, step);
     const uint32_t tile = memory + step % kStages * Copies::kStageBytes;
 #pragma unroll
     for (uint32_t k = 0; k < kToATokens; k += 16) {

@@ -70,17 +70,16 @@ impl Products<'_> {
         }
         let launch = Launch { x: Some(x), out: Some(out), kept: Some(kept), ..Launch::new(self, x, factor)? };
         launch.each(|slices, params| {
-            let (steps, blocks) = (ceil(launch.width, 32), ceil(launch.tokens, 128));
-            let wanted = RESIDENT[slices as usize - 1] / blocks;
-            let room = room(scratch)? / (slices * launch.tokens * SLICE);
-            let params = params.split(steps, wanted, room, scratch);
-            let name = ["adapter_input_1", "adapter_input_2", "adapter_input_3"];
-            let shared = STAGES * (8192 + 4096 * slices as u32);
-            launch.run(name, slices, [blocks, params.splits.into()], 128 * slices, shared, &params)?;
-            if params.splits > 1 {
-                launch.run_sum("adapter_input_sum", [ceil(launch.tokens, 16), slices, 1], &params)?;
-            }
-            Ok(())
+            let pass = SplitPass {
+                names: ["adapter_input_1", "adapter_input_2", "adapter_input_3"],
+                steps: ceil(launch.width, 32),
+                blocks: ceil(launch.tokens, 128),
+                shared: STAGES * (8192 + 4096 * slices as u32),
+                sums: slices * launch.tokens * SLICE,
+                add: "adapter_input_sum",
+                add_grid: [ceil(launch.tokens, 16), slices, 1],
+            };
+            launch.run_split(slices, &pass, params, scratch)
         })
     }
 
@@ -178,17 +177,16 @@ impl Products<'_> {
         }
         let launch = Launch { x: Some(x), d: Some(d), gradients, ..Launch::new(self, x, factor)? };
         launch.each(|slices, params| {
-            let (steps, blocks) = (ceil(launch.tokens, 32), ceil(launch.width, 128));
-            let wanted = RESIDENT[slices as usize - 1] / blocks;
-            let room = room(scratch)? / (slices * SLICE * launch.width);
-            let params = params.split(steps, wanted, room, scratch);
-            let name = ["adapter_to_a_1", "adapter_to_a_2", "adapter_to_a_3"];
-            let shared = STAGES * (4096 * slices as u32 + 9216);
-            launch.run(name, slices, [blocks, params.splits.into()], 128 * slices, shared, &params)?;
-            if params.splits > 1 {
-                launch.run_sum("adapter_to_a_sum", [ceil(launch.width, 256), SLICE, slices], &params)?;
-            }
-            Ok(())
+            let pass = SplitPass {
+                names: ["adapter_to_a_1", "adapter_to_a_2", "adapter_to_a_3"],
+                steps: ceil(launch.tokens, 32),
+                blocks: ceil(launch.width, 128),
+                shared: STAGES * (4096 * slices as u32 + 9216),
+                sums: slices * SLICE * launch.width,
+                add: "adapter_to_a_sum",
+                add_grid: [ceil(launch.width, 256), SLICE, slices],
+            };
+            launch.run_split(slices, &pass, params, scratch)
         })
     }
 
@@ -364,8 +362,17 @@ impl<'a> Launch<'a> {
         self.launch(kernel, [x, y, 1], threads, shared, params)
     }
 
-    fn run_sum(&self, name: &'static str, grid: [i64; 3], params: &Params) -> Result<()> {
-        self.launch(self.gpu.kernel("adapter_dropout", name)?, grid, 256, 0, params)
+    /// Launches a pass whose sums as many blocks share as the GPU holds and the scratch has room for, and adds these up.
+    fn run_split(&self, slices: i64, pass: &SplitPass, params: Params, scratch: &Tensor) -> Result<()> {
+        let wanted = RESIDENT[slices as usize - 1] / pass.blocks;
+        let params = params.split(pass.steps, wanted, room(scratch)? / pass.sums, scratch);
+        let grid = [pass.blocks, params.splits.into()];
+        self.run(pass.names, slices, grid, 128 * slices, pass.shared, &params)?;
+        if params.splits > 1 {
+            let add = self.gpu.kernel("adapter_dropout", pass.add)?;
+            self.launch(add, pass.add_grid, 256, 0, &params)?;
+        }
+        Ok(())
     }
 
     fn launch(
@@ -388,6 +395,23 @@ impl<'a> Launch<'a> {
         // written is written by nobody else, and libtorch orders the release of all after this launch.
         unsafe { self.gpu.launch(kernel, shape, params) }
     }
+}
+
+/// A pass whose sums can be split among blocks.
+struct SplitPass {
+    /// Its kernels for one, two and three slices.
+    names: [&'static str; MAX_SLICES],
+    /// Steps that a sum takes.
+    steps: i64,
+    /// Blocks that the results take.
+    blocks: i64,
+    /// Bytes of shared memory of a block.
+    shared: u32,
+    /// How many f32 the sums of one split are.
+    sums: i64,
+    /// The kernel that adds the splits, in blocks of 256 threads.
+    add: &'static str,
+    add_grid: [i64; 3],
 }
 
 /// A slice in [`Params`].

@@ -132,8 +132,7 @@ fn check(x: &Tensor, p: f64) -> Result<()> {
 }
 
 fn check_mask(x: &Tensor, p: f64) -> Result<()> {
-    ensure!((0.0..1.0).contains(&p), "dropout probability is {p}, expected a value in [0, 1)");
-    ensure!(threshold(p) < UNITS, "dropout probability {p} is nearer to 1 than a mask can tell");
+    ensure!(has_mask(p), "dropout probability is {p}, expected a value in [0, 1) that does not round to 1");
     ensure!(x.numel() <= MAX_ELEMENTS, "dropout covers at most {MAX_ELEMENTS} elements, got {}", x.numel());
     match x.kind() {
         Kind::Float | Kind::BFloat16 => Ok(()),
@@ -149,6 +148,11 @@ pub(super) struct Mask {
     pub(super) threshold: u32,
     /// `1/(1-p)` of that `p`.
     pub(super) scale: f32,
+}
+
+/// Whether there are masks of probability `p`: it is in `[0, 1)` and does not round to 1.
+pub fn has_mask(p: f64) -> bool {
+    (0.0..1.0).contains(&p) && threshold(p) < UNITS
 }
 
 fn threshold(p: f64) -> u32 {

@@ -6,16 +6,16 @@ use super::axis::Axis;
 use super::chart::WIDTH;
 use super::escape;
 
-/// Room for names on the left, above for the legend, below for the axis, in pixels.
+/// Room for names on the left, above beside the legend's lines, below for the axis, in pixels.
 const LEFT: f64 = 190.0;
-const ABOVE: f64 = 26.0;
+const ABOVE: f64 = 12.0;
 const BELOW: f64 = 42.0;
 const RIGHT: f64 = 20.0;
 /// Between two series of a row, and what a row has beyond them.
 const LINE: f64 = 15.0;
 const GAP: f64 = 12.0;
 /// The colours of the style sheet, in turn.
-const COLOURS: [&str; 4] = ["a", "b", "c", "d"];
+const COLOURS: [&str; 8] = ["a", "b", "c", "d", "e", "f", "g", "h"];
 
 /// An estimate and its ends.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -38,10 +38,11 @@ pub fn spans(title: &str, x_name: &str, series: &[String], rows: &[(String, Vec<
     }
     let axis = Axis::over(ends());
     let row = GAP + LINE * series.len().max(1) as f64;
-    let bottom = ABOVE + row * rows.len() as f64;
-    let mut inside = grid(&axis, bottom) + &legend(series);
+    let above = ABOVE + places(series).last().map_or(0.0, |(_, y)| *y);
+    let bottom = above + row * rows.len() as f64;
+    let mut inside = grid(&axis, above, bottom) + &legend(series);
     for (at, (name, spans)) in rows.iter().enumerate() {
-        let top = ABOVE + row * at as f64;
+        let top = above + row * at as f64;
         let middle = top + row / 2.0 + 4.0;
         // Writing to a string cannot fail.
         let _ = writeln!(
@@ -72,13 +73,13 @@ fn colour(series: usize) -> &'static str {
     COLOURS[series % COLOURS.len()]
 }
 
-fn grid(axis: &Axis, bottom: f64) -> String {
+fn grid(axis: &Axis, above: f64, bottom: f64) -> String {
     let mut svg = String::new();
     for (value, label) in axis.labels() {
         let (x, below) = (x_of(axis, value), bottom + 16.0);
         let _ = writeln!(
             svg,
-            "<line class=\"grid\" x1=\"{x:.1}\" x2=\"{x:.1}\" y1=\"{ABOVE}\" y2=\"{bottom:.1}\"/>\n\
+            "<line class=\"grid\" x1=\"{x:.1}\" x2=\"{x:.1}\" y1=\"{above:.1}\" y2=\"{bottom:.1}\"/>\n\
              <text text-anchor=\"middle\" x=\"{x:.1}\" y=\"{below:.1}\">{label}</text>"
         );
     }
@@ -87,19 +88,33 @@ fn grid(axis: &Axis, bottom: f64) -> String {
 
 fn legend(series: &[String]) -> String {
     let mut svg = String::new();
-    // Names are about seven pixels a letter.
-    let mut x = LEFT;
-    for (at, name) in series.iter().enumerate() {
+    for ((at, name), (x, y)) in series.iter().enumerate().zip(places(series)) {
         let class = colour(at);
         let _ = writeln!(
             svg,
-            "<circle class=\"{class}\" cx=\"{x:.1}\" cy=\"10\" r=\"4\"/>\n<text class=\"{class}\" x=\"{:.1}\" y=\"14\">{}</text>",
+            "<circle class=\"{class}\" cx=\"{x:.1}\" cy=\"{:.1}\" r=\"4\"/>\n<text class=\"{class}\" x=\"{:.1}\" y=\"{y:.1}\">{}</text>",
+            y - 4.0,
             x + 9.0,
             escape(name)
         );
-        x += 34.0 + 7.0 * name.chars().count() as f64;
     }
     svg
+}
+
+/// Where each name of the legend stands: from left to right, in as many lines as they need.
+fn places(series: &[String]) -> Vec<(f64, f64)> {
+    let (mut x, mut y) = (LEFT, 14.0);
+    let place = |name: &String| {
+        // Letters are about seven pixels wide.
+        let width = 34.0 + 7.0 * name.chars().count() as f64;
+        if x > LEFT && x + width > WIDTH {
+            (x, y) = (LEFT, y + LINE);
+        }
+        let place = (x, y);
+        x += width;
+        place
+    };
+    series.iter().map(place).collect()
 }
 
 fn drawn(axis: &Axis, span: Span, place: usize, y: f64, series: &[String]) -> String {
@@ -134,6 +149,14 @@ mod tests {
             svg.contains("&lt;adapter&gt;")
                 && !svg.contains("<adapter>")
                 && svg.contains("Scores &amp; more")
+        );
+        let many: Vec<String> = (0..8).map(|at| format!("merged-{at}-of-a-long-name")).collect();
+        let row = [("gsm8k".to_string(), (0..8).map(|at| span(0.1 * f64::from(at))).collect())];
+        let svg = spans("t", "x", &many, &row);
+        // Each series has a colour of its own, and no name of the legend goes past the edge.
+        assert!(COLOURS.iter().all(|class| svg.matches(&format!("<circle class=\"{class}\"")).count() == 2));
+        assert!(
+            places(&many).iter().zip(&many).all(|((x, _), name)| x + 9.0 + 7.0 * name.len() as f64 <= WIDTH)
         );
         assert_eq!(spans("t", "x", &series, &[]), "");
         assert_eq!(spans("t", "x", &series, &[("a".to_string(), vec![None])]), "");

@@ -9,6 +9,7 @@ use anyhow::{Context as _, Result};
 
 use super::Recipe;
 use crate::error::{is_missing_file, with_hint};
+use crate::kernels::dropout::has_mask;
 
 /// What to do without a recipe.
 const MISSING: &str =
@@ -151,8 +152,8 @@ impl Recipe {
             (
                 "lora.dropout",
                 self.lora.dropout.to_string(),
-                (0.0..1.0).contains(&self.lora.dropout),
-                "a number in [0, 1)",
+                has_mask(self.lora.dropout),
+                "a number in [0, 1) that does not round to 1 in steps of 1/32768",
             ),
             (
                 "lora.targets",
@@ -413,6 +414,10 @@ mod tests {
     fn values_outside_their_range_are_told_with_both() {
         for (setting, expected) in [
             ("lora.dropout=1.0", "`lora.dropout` is 1, expected a number in [0, 1)"),
+            (
+                "lora.dropout=0.99999",
+                "`lora.dropout` is 0.99999, expected a number in [0, 1) that does not round to 1",
+            ),
             ("name=../up", "`name` is `../up`, expected letters"),
             ("train.lr=-1.0", "`train.lr` is -1, expected a number above 0"),
             ("train.accumulation=0", "`train.accumulation` is 0, expected 1 to 65536"),
