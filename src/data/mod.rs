@@ -10,6 +10,7 @@ pub mod fit;
 pub mod manifest;
 pub mod mixture;
 pub mod pack;
+mod parquet_file;
 pub mod prepare;
 pub mod reader;
 pub mod report;

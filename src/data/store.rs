@@ -25,7 +25,6 @@ use arrow::array::{
 use arrow::buffer::OffsetBuffer;
 use arrow::datatypes::{DataType, Field, Schema, UInt16Type, UInt32Type};
 use parquet::arrow::ArrowWriter;
-use parquet::arrow::arrow_reader::ParquetRecordBatchReaderBuilder;
 use parquet::basic::{Compression, ZstdLevel};
 use parquet::file::properties::WriterProperties;
 
@@ -33,6 +32,7 @@ use super::decoding::decoding;
 use super::example::Role;
 use super::fit::Turn;
 use super::manifest::{FORMAT_VERSION, Manifest};
+use super::parquet_file;
 use super::tokenizer::ChatTokenizer;
 use crate::error::user_error;
 use crate::model::batch::Sequence;
@@ -337,7 +337,7 @@ fn read_rows(path: &Path) -> Result<Vec<PackedRow>> {
 }
 
 fn decode_rows(path: &Path) -> Result<Vec<PackedRow>> {
-    let builder = checked(ParquetRecordBatchReaderBuilder::try_new(File::open(path)?)?)?;
+    let builder = parquet_file::open(File::open(path)?)?;
     let mut rows = Vec::new();
     for batch in builder.with_batch_size(ROWS_PER_GROUP).build()? {
         let batch = batch?;
@@ -354,7 +354,7 @@ fn one_row(path: &Path, row: usize) -> Result<RecordBatch> {
 }
 
 fn decode_row(path: &Path, row: usize) -> Result<RecordBatch> {
-    let builder = checked(ParquetRecordBatchReaderBuilder::try_new(File::open(path)?)?)?;
+    let builder = parquet_file::open(File::open(path)?)?;
     let rows = usize::try_from(builder.metadata().file_metadata().num_rows())?;
     if row >= rows {
         let way = if rows == 0 {
@@ -421,20 +421,6 @@ fn turns_of(batch: &RecordBatch) -> Result<Vec<Turn>> {
             Ok(Turn { message: *message, role, start: *start, end: *end })
         })
         .collect()
-}
-
-/// Refuses columns whose place in the file is negative: the parquet library panics on them.
-fn checked(builder: ParquetRecordBatchReaderBuilder<File>) -> Result<ParquetRecordBatchReaderBuilder<File>> {
-    for (group, columns) in builder.metadata().row_groups().iter().enumerate() {
-        for column in columns.columns() {
-            let start = column.dictionary_page_offset().unwrap_or_else(|| column.data_page_offset());
-            let size = column.compressed_size();
-            if start < 0 || size < 0 {
-                bail!("column `{}` of row group {group} has {size} bytes at {start}", column.column_path());
-            }
-        }
-    }
-    Ok(builder)
 }
 
 /// The list of a column's row, or why there is none.

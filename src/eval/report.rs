@@ -254,7 +254,7 @@ fn comparison_table(comparisons: &[Comparison]) -> String {
         let name = format!("{} − {}: {of} {}", escape(second), escape(first), escape(measure));
         let cells = [
             format!("{estimate:+.4} <small>({low:+.4} – {high:+.4})</small>"),
-            format!("{:.4} <small>{test}</small>", paired.p_value),
+            format!("{} <small>{test}</small>", p_value(paired.p_value)),
             paired.larger.to_string(),
             paired.smaller.to_string(),
             paired.examples.to_string(),
@@ -262,6 +262,11 @@ fn comparison_table(comparisons: &[Comparison]) -> String {
         rows += &row(&name, cells.into_iter());
     }
     table("Side by side, on the same examples", &rows)
+}
+
+/// Four places; what is smaller is not zero.
+fn p_value(p: f64) -> String {
+    if p < 1e-4 { "&lt; 0.0001".to_string() } else { format!("{p:.4}") }
 }
 
 fn verdict_table(report: &Report) -> String {

@@ -16,12 +16,13 @@ svg { width: 100%; height: auto; overflow: visible; } text { fill: var(--ink); f
 .e { stroke: var(--e); fill: var(--e); } .f { stroke: var(--f); fill: var(--f); }
 .g { stroke: var(--g); fill: var(--g); } .h { stroke: var(--h); fill: var(--h); }
 text[class] { stroke: none; }
-table { border-collapse: collapse; margin: 1rem 0; } caption { text-align: left; font-weight: 600; }
+table { border-collapse: collapse; margin: 1rem 0; display: block; overflow-x: auto; } caption { text-align: left; font-weight: 600; }
 th, td { text-align: left; padding: .2rem 1.5rem .2rem 0; font-weight: normal; }
 td { font-variant-numeric: tabular-nums; } tr + tr > * { border-top: 1px solid var(--faint); }
 pre { white-space: pre-wrap; overflow-wrap: anywhere; font-size: 12.5px; margin: .3rem 0 1rem; padding: .5rem .8rem; border-left: 3px solid var(--faint); }
 summary { cursor: pointer; } details > p { margin: .3rem 0; }
-.numbers th:not(:first-child), .numbers td:not(:first-child) { text-align: right; padding: .2rem 0 .2rem 1.5rem; }
+.numbers th:not(:first-child), .numbers td:not(:first-child) { text-align: right; padding: .2rem 0 .2rem 1rem; }
+.numbers :is(th, td):first-child { padding-right: 0; }
 .numbers small { white-space: nowrap; }
 ";
 

@@ -7,7 +7,7 @@ use std::io::Write as _;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Result, ensure};
-use tch::Device;
+use tch::{Device, Kind};
 
 use self::report::{FormReport, Limits, Measured, MergeReport, Model, REFERENCE};
 use crate::checkpoint::adapter::{self, Adapter};
@@ -141,6 +141,7 @@ impl Merge<'_> {
     fn measure(&self, written: &[Written], rows: &[PackedRow]) -> Result<Option<Measured>> {
         let choice = ModelChoice::Adapter(Some(self.adapter.folder.clone()));
         let mut decoder = open::open(self.recipe, &choice, Path::new(""), self.device)?.decoder;
+        let computed_in = if decoder.kind() == Kind::Float { "f32" } else { "bf16" };
         let reference = Reference::take(&decoder, rows)?;
         let adapted = reference.compare(&decoder, rows)?;
         decoder.enable_adapters(false);
@@ -158,7 +159,7 @@ impl Merge<'_> {
             models
                 .extend(reference.compare(&decoder, rows)?.map(|found| Model::new(form.name(), found, seed)));
         }
-        Ok(Some(Measured { rows: rows.len(), models }))
+        Ok(Some(Measured { rows: rows.len(), computed_in, models }))
     }
 
     fn report(&self, written: &[Written], measured: Option<Measured>, limits: Limits) -> MergeReport {

@@ -53,12 +53,16 @@ fn facts(report: &MergeReport) -> String {
     table + "</table>\n"
 }
 
+/// What divergences hold that are not of the forms.
+const IN_BF16: &str = " Weights of every form were rounded to bf16 before they were used, as activations were: fp32 is here \
+                       what bf16 is. With <code>--device cpu</code> all is computed in f32.";
+
 fn comparison(measured: &Measured) -> String {
     let tokens = measured.models.first().map_or(0, |model| model.divergence.tokens);
     let mut table = format!(
-        "<table class=\"numbers\">\n<caption>On {} held-out rows, {tokens} supervised tokens</caption>\n\
+        "<table class=\"numbers\">\n<caption>On {} held-out rows, {tokens} supervised tokens, computed in {}</caption>\n\
          <tr><th>model</th><th>loss</th><th>KL, mean</th><th>KL, 99 %</th><th>KL, max</th><th>flipped, %</th></tr>\n",
-        measured.rows
+        measured.rows, measured.computed_in
     );
     for model in &measured.models {
         // Writing to a string cannot fail.
@@ -70,8 +74,9 @@ fn comparison(measured: &Measured) -> String {
         + &format!(
             "<p>Loss and divergence (KL) are in nats a token; the divergence is that of {REFERENCE}, which is what was \
              trained, from each model. Flipped are tokens whose most likely word is another than {REFERENCE}'s. In \
-             brackets and as lines: the middle {:.0} % of {RESAMPLES} resamples of the rows.</p>\n",
-            100.0 * CONFIDENCE
+             brackets and as lines: the middle {:.0} % of {RESAMPLES} resamples of the rows.{}</p>\n",
+            100.0 * CONFIDENCE,
+            if measured.computed_in == "bf16" { IN_BF16 } else { "" }
         )
 }
 

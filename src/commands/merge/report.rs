@@ -56,6 +56,9 @@ pub struct FormReport {
 #[derive(Debug, Serialize)]
 pub struct Measured {
     pub rows: usize,
+    /// The dtype of activations, `f32` or `bf16`. In bf16 a form's weights are rounded to it before they are used, so that
+    /// `fp32` cannot be told from `bf16`, and what rounding activations does is part of every divergence.
+    pub computed_in: &'static str,
     /// Base, base + adapter, then the forms; divergences are from base + adapter.
     pub models: Vec<Model>,
 }
@@ -170,9 +173,9 @@ impl MergeReport {
                 ));
             }
         }
-        let Some(Measured { rows, models }) = &self.measured else { return };
+        let Some(Measured { rows, computed_in, models }) = &self.measured else { return };
         let tokens = models.first().map_or(0, |model| model.divergence.tokens);
-        note(format!("on {rows} held-out rows, {tokens} tokens:"));
+        note(format!("on {rows} held-out rows, {tokens} tokens, computed in {computed_in}:"));
         for Model { name, divergence, .. } in models {
             let Divergence { loss, kl_mean, kl_p99, kl_max, flipped_share, .. } = divergence;
             note(format!(

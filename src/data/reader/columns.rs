@@ -14,12 +14,12 @@ use arrow::error::ArrowError;
 use arrow::ipc::reader::{FileReader, StreamDecoder, read_footer_length};
 use arrow::ipc::root_as_footer;
 use arrow::util::display::array_value_to_string;
-use parquet::arrow::arrow_reader::ParquetRecordBatchReaderBuilder;
 use serde_json::{Map, Number, Value};
 
 use super::json::following;
 use super::{BUFFER, FETCH_AGAIN, Place, Raw, Sink};
 use crate::data::decoding::decoding;
+use crate::data::parquet_file;
 use crate::error::HintExt as _;
 
 /// Rows that are decoded at once: a row may be pages of text.
@@ -32,32 +32,8 @@ const CHUNK: u64 = 1 << 20;
 /// Reads a parquet file.
 pub(super) fn parquet(file: File, sink: Sink<'_>) -> Result<()> {
     let damaged = "the parquet file is damaged or truncated";
-    let length = file.metadata()?.len();
-    let open = || {
-        let builder = ParquetRecordBatchReaderBuilder::try_new(file)?;
-        check_places(&builder, length)?;
-        Ok(builder.with_batch_size(ROWS).build()?)
-    };
+    let open = || Ok(parquet_file::open(file)?.with_batch_size(ROWS).build()?);
     rows(decoding(open).context(damaged).hint(FETCH_AGAIN)?, damaged, sink)
-}
-
-/// Refuses columns that lie outside of the file: the library panics on negative places, and believes any size.
-fn check_places(builder: &ParquetRecordBatchReaderBuilder<File>, length: u64) -> Result<()> {
-    for (group, columns) in builder.metadata().row_groups().iter().enumerate() {
-        for column in columns.columns() {
-            let start = column.dictionary_page_offset().unwrap_or_else(|| column.data_page_offset());
-            let size = column.compressed_size();
-            let end =
-                u64::try_from(start).ok().zip(u64::try_from(size).ok()).map(|(a, b)| a.saturating_add(b));
-            if end.is_none_or(|end| end > length) {
-                bail!(
-                    "column `{}` of row group {group} has {size} bytes at {start}, the file {length}",
-                    column.column_path()
-                );
-            }
-        }
-    }
-    Ok(())
 }
 
 /// Reads an Arrow IPC file, also called Feather.

@@ -1,0 +1,187 @@
+//! Parquet files opened without trust: what the library would believe is held against the file first.
+//!
+//! It makes room for as many values as a page claims, and skips a list that a page's header claims element by element,
+//! taking no notice of the file's end.
+
+use std::fs::File;
+use std::io::{self, BufReader, Read, Seek as _, SeekFrom};
+use std::sync::Arc;
+
+use anyhow::{Context as _, Result, bail};
+use bytes::Bytes;
+use parquet::arrow::arrow_reader::ParquetRecordBatchReaderBuilder;
+use parquet::column::page::{Page, PageReader as _};
+use parquet::errors::{ParquetError, Result as ParquetResult};
+use parquet::file::metadata::{ColumnChunkMetaData, ParquetMetaData};
+use parquet::file::reader::{ChunkReader, Length};
+use parquet::file::serialized_reader::SerializedPageReader;
+
+/// Opens a file; its pages are decoded as its rows are read.
+///
+/// # Errors
+/// When it is no parquet file, or claims columns or dictionaries that it cannot hold.
+pub fn open(file: File) -> Result<ParquetRecordBatchReaderBuilder<Source>> {
+    let source = Arc::new(Source::new(file.try_clone()?)?);
+    let builder = ParquetRecordBatchReaderBuilder::try_new(Source::new(file)?)?;
+    check(&source, builder.metadata())?;
+    Ok(builder)
+}
+
+fn check(source: &Arc<Source>, metadata: &ParquetMetaData) -> Result<()> {
+    for (at, group) in metadata.row_groups().iter().enumerate() {
+        let rows = usize::try_from(group.num_rows())?;
+        for column in group.columns() {
+            let in_column = || format!("column `{}` of row group {at}", column.column_path());
+            check_place(column, source.length).with_context(in_column)?;
+            check_dictionary(source, column, rows).with_context(in_column)?;
+        }
+    }
+    Ok(())
+}
+
+/// Refuses a column that lies outside of the file: the library panics on negative places, and believes any size.
+fn check_place(column: &ColumnChunkMetaData, length: u64) -> Result<()> {
+    let start = column.dictionary_page_offset().unwrap_or_else(|| column.data_page_offset());
+    let size = column.compressed_size();
+    let end = u64::try_from(start).ok().zip(u64::try_from(size).ok()).map(|(a, b)| a.saturating_add(b));
+    if end.is_none_or(|end| end > length) {
+        bail!("it has {size} bytes at {start}, the file {length}");
+    }
+    Ok(())
+}
+
+/// Refuses a dictionary of more values than bytes.
+fn check_dictionary(source: &Arc<Source>, column: &ColumnChunkMetaData, rows: usize) -> Result<()> {
+    let mut pages = SerializedPageReader::new(Arc::clone(source), column, rows, None)?;
+    if !pages.peek_next_page()?.is_some_and(|page| page.is_dict) {
+        return Ok(());
+    }
+    match pages.get_next_page()? {
+        Some(Page::DictionaryPage { buf, num_values, .. }) if num_values as usize > buf.len() => {
+            bail!("its dictionary has {num_values} values in {} bytes", buf.len())
+        }
+        _ => Ok(()),
+    }
+}
+
+/// A file as the library reads it.
+#[derive(Debug)]
+pub struct Source {
+    file: File,
+    length: u64,
+}
+
+impl Source {
+    fn new(file: File) -> io::Result<Self> {
+        let length = file.metadata()?.len();
+        Ok(Self { file, length })
+    }
+
+    fn from(&self, start: u64) -> io::Result<File> {
+        let mut file = self.file.try_clone()?;
+        file.seek(SeekFrom::Start(start))?;
+        Ok(file)
+    }
+}
+
+impl Length for Source {
+    fn len(&self) -> u64 {
+        self.length
+    }
+}
+
+impl ChunkReader for Source {
+    type T = BufReader<Ending>;
+
+    fn get_read(&self, start: u64) -> ParquetResult<Self::T> {
+        Ok(BufReader::new(Ending(self.from(start)?)))
+    }
+
+    fn get_bytes(&self, start: u64, length: usize) -> ParquetResult<Bytes> {
+        if start.checked_add(length as u64).is_none_or(|end| end > self.length) {
+            let length_of_file = self.length;
+            return Err(ParquetError::EOF(format!(
+                "{length} bytes are wanted at {start}, the file has {length_of_file}"
+            )));
+        }
+        let mut bytes = vec![0; length];
+        self.from(start)?.read_exact(&mut bytes)?;
+        Ok(bytes.into())
+    }
+}
+
+/// A file whose end is an error: no page of a whole file is followed by it.
+#[derive(Debug)]
+pub struct Ending(File);
+
+impl Read for Ending {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        match self.0.read(buffer)? {
+            0 if !buffer.is_empty() => Err(io::ErrorKind::UnexpectedEof.into()),
+            read => Ok(read),
+        }
+    }
+}
+
+#[cfg(test)]
+#[expect(clippy::unwrap_used, reason = "a test panics where it fails")]
+mod tests {
+    use arrow::array::{ArrayRef, RecordBatch, StringArray};
+    use parquet::arrow::ArrowWriter;
+
+    use super::*;
+
+    /// A column of 64 short words, so that their number takes two bytes.
+    fn words() -> Vec<u8> {
+        let words: StringArray = (0..64).map(|at| Some(format!("{at}"))).collect();
+        let column: ArrayRef = Arc::new(words);
+        let batch = RecordBatch::try_from_iter([("word", column)]).unwrap();
+        let mut writer = ArrowWriter::try_new(Vec::new(), batch.schema(), None).unwrap();
+        writer.write(&batch).unwrap();
+        writer.into_inner().unwrap()
+    }
+
+    fn read(bytes: &[u8]) -> Result<usize> {
+        let mut file = tempfile::tempfile().unwrap();
+        io::Write::write_all(&mut file, bytes).unwrap();
+        let mut rows = 0;
+        for batch in open(file)?.build()? {
+            rows += batch?.num_rows();
+        }
+        Ok(rows)
+    }
+
+    fn told(bytes: &[u8]) -> String {
+        crate::error::render(&read(bytes).unwrap_err())
+    }
+
+    #[test]
+    fn a_dictionary_of_more_values_than_bytes_is_refused() {
+        let mut bytes = words();
+        assert_eq!(read(&bytes).unwrap(), 64);
+        // Thrift's compact form: 128 is 64 as a zigzag varint, the first field of the dictionary's header.
+        let at = bytes.windows(4).position(|four| four == [0x4c, 0x15, 0x80, 0x01]).unwrap();
+        bytes[at + 2..at + 4].copy_from_slice(&[0xfe, 0x7f]);
+        let text = told(&bytes);
+        assert!(text.contains("column `\"word\"` of row group 0"), "{text}");
+        assert!(text.contains("its dictionary has 8191 values in 374 bytes"), "{text}");
+    }
+
+    #[test]
+    fn a_page_header_with_a_list_of_billions_is_refused_at_once() {
+        let mut bytes = words();
+        // Field 9, which the format does not know: a list of 2³¹ - 1 doubles.
+        bytes[4..11].copy_from_slice(&[0x99, 0xf7, 0xff, 0xff, 0xff, 0xff, 0x07]);
+        assert!(told(&bytes).contains("column `\"word\"` of row group 0"));
+    }
+
+    #[test]
+    fn a_column_outside_of_the_file_is_refused() {
+        let whole = words();
+        // The footer alone, with its places as they were.
+        let footer = u32::from_le_bytes(whole[whole.len() - 8..whole.len() - 4].try_into().unwrap()) as usize;
+        let cut = [b"PAR1", &whole[whole.len() - 8 - footer..]].concat();
+        let text = told(&cut);
+        assert!(text.contains("bytes at 4, the file"), "{text}");
+    }
+}
