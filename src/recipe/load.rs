@@ -1,7 +1,7 @@
 //! Reading a recipe: overrides are laid over the text's table, then everything is checked at once.
 
 use std::fs;
-use std::ops::RangeInclusive;
+use std::ops::{Range, RangeInclusive};
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
@@ -9,7 +9,6 @@ use anyhow::{Context as _, Result};
 
 use super::Recipe;
 use crate::error::{is_missing_file, with_hint};
-use crate::kernels::dropout::has_mask;
 
 /// What to do without a recipe.
 const MISSING: &str =
@@ -152,7 +151,7 @@ impl Recipe {
             (
                 "lora.dropout",
                 self.lora.dropout.to_string(),
-                has_mask(self.lora.dropout),
+                DROPOUTS.contains(&self.lora.dropout),
                 "a number in [0, 1) that does not round to 1 in steps of 1/32768",
             ),
             (
@@ -222,6 +221,9 @@ impl Recipe {
         Ok(())
     }
 }
+
+/// Dropout masks have steps of 2⁻¹⁵: a probability that rounds to 1 would leave nothing.
+const DROPOUTS: Range<f64> = 0.0..1.0 - 1.0 / 65_536.0;
 
 /// What numbers of rows and ranks may be: beyond, estimates of memory would no longer fit 64 bits.
 const COUNTS: RangeInclusive<usize> = 1..=65536;

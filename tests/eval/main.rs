@@ -4,7 +4,9 @@
 
 mod command;
 mod merge;
+mod merge_command;
 mod perplexity;
+mod place;
 mod sandbox;
 mod spider;
 mod tasks;

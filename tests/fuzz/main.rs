@@ -170,7 +170,7 @@ fn a_column_at_a_negative_place_is_an_error() {
         let mut bytes = whole.clone();
         bytes[at] |= 1;
         let error = targets::dataset_rows(folder.path(), &bytes).err().map(|error| format!("{error:#}"));
-        refused += u32::from(error.is_some_and(|error| error.contains("of row group 0 has")));
+        refused += u32::from(error.is_some_and(|error| error.contains("of row group 0: it has")));
     }
     assert!(refused > 5, "{refused}");
 }

@@ -1,6 +1,10 @@
 //! What `granite train` refuses, and what it says.
 
+use std::path::Path;
+
 use granite::data::store::PackedRow;
+use granite::kernels::dropout::has_mask;
+use granite::recipe::Recipe;
 
 use super::tiny::{Bench, How, rows};
 
@@ -121,5 +125,16 @@ fn settings_out_of_any_range_are_refused_not_computed_with() {
         let error = granite::recipe::Recipe::parse(&text, path, &[setting.parse().unwrap()]).unwrap_err();
         let key = setting.split('=').next().unwrap();
         assert!(error.to_string().contains(&format!("`{key}` is ")), "{error}");
+    }
+}
+
+#[test]
+fn a_recipe_takes_the_dropouts_that_have_masks() {
+    let edge = 1.0 - 1.0 / 65_536.0;
+    for p in [-0.1, 0.0, 0.1, 0.5, edge - 1e-9, edge, 1.0, f64::NAN] {
+        let text =
+            format!("name = \"x\"\n[model]\nbase = \"y\"\n[lora]\ndropout = {p:?}\n").replace("NaN", "nan");
+        let taken = Recipe::parse(&text, Path::new("recipe.toml"), &[]).is_ok();
+        assert_eq!(taken, has_mask(p), "{p}");
     }
 }
