@@ -3,7 +3,7 @@
 use std::io::Write as _;
 use std::num::NonZero;
 use std::path::{Path, PathBuf};
-use std::rc::Rc;
+use std::sync::Arc;
 use std::time::Instant;
 
 use anyhow::{Context as _, Result};
@@ -291,9 +291,9 @@ impl Evaluation<'_> {
             tasks.push(Box::new(Gsm8k::open(spec, limit)?));
         }
         if humaneval.is_some() || mbpp.is_some() {
-            let sandbox = Rc::new(sandbox()?);
+            let sandbox = Arc::new(sandbox()?);
             if let Some(spec) = humaneval {
-                tasks.push(Box::new(Code::human_eval(spec, limit, Rc::clone(&sandbox))?));
+                tasks.push(Box::new(Code::human_eval(spec, limit, Arc::clone(&sandbox))?));
             }
             if let Some(spec) = mbpp {
                 tasks.push(Box::new(Code::mbpp(spec, limit, sandbox)?));

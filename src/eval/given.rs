@@ -82,7 +82,8 @@ impl GivenAnswers {
         Ok(given)
     }
 
-    /// Judges the answers to all questions of the task, less those that are among the results.
+    /// Judges the answers to all questions of the task, less those that are among the results, as many side by side as the
+    /// task likes.
     ///
     /// # Errors
     /// When the results are of other questions, an answer cannot be judged, or a file cannot be written.
@@ -90,13 +91,12 @@ impl GivenAnswers {
         check_order(task, results.all())?;
         let bar = progress::bar(task.len() as u64, task.name(), "answers");
         bar.inc(results.all().len() as u64);
-        for at in results.all().len()..task.len() {
-            let question = task.question(at)?;
-            let id = question.id.clone();
-            let answered =
-                self.judged(at, question, task).with_context(|| format!("{} {id}", task.name()))?;
-            results.push(answered)?;
-            bar.inc(1);
+        let left: Vec<usize> = (results.all().len()..task.len()).collect();
+        for places in left.chunks(task.side_by_side().max(1)) {
+            for answered in self.judged(places, task)? {
+                results.push(answered)?;
+                bar.inc(1);
+            }
         }
         bar.finish_and_clear();
         Ok(())
@@ -124,25 +124,47 @@ impl GivenAnswers {
         ))
     }
 
-    fn judged(&self, at: usize, question: Question, task: &mut dyn Task) -> Result<Answered> {
+    /// The answers to some of the questions, by their places.
+    fn judged(&self, places: &[usize], task: &mut dyn Task) -> Result<Vec<Answered>> {
+        let questions = places.iter().map(|at| task.question(*at)).collect::<Result<Vec<_>>>()?;
+        let given = |question: &Question| self.by_id.get(&question.id).context("there is no answer");
+        let given = questions.iter().map(given).collect::<Result<Vec<_>>>()?;
+        let answers: Vec<(usize, &str)> =
+            places.iter().zip(&given).map(|(at, given)| (*at, given.answer.as_str())).collect();
+        let in_questions = match questions.as_slice() {
+            [one] => format!("{} {}", task.name(), one.id),
+            _ => task.name().to_string(),
+        };
+        let judgements = task.judge_all(&answers).context(in_questions)?;
+        let measures = task.measures();
+        let answered = questions.into_iter().zip(given).zip(judgements);
+        Ok(answered
+            .map(|((question, given), judgement)| given.answered(question, judgement, measures))
+            .collect())
+    }
+}
+
+impl Answer {
+    /// The line of results that it becomes.
+    fn answered(&self, question: Question, judgement: Judgement, measures: &[&str]) -> Answered {
         let Question { id, group, text, reference, .. } = question;
-        let given = self.by_id.get(&id).context("there is no answer")?.clone();
-        let Judgement { extracted, verdict, error, scores } = task.judge(at, &given.answer)?;
-        let scores = task.measures().iter().map(|name| (*name).to_string()).zip(scores).collect();
-        Ok(Answered {
+        let Judgement { extracted, verdict, error, scores } = judgement;
+        let Self { answer, prompt_tokens, completion_tokens, finished, .. } = self.clone();
+        let scores = measures.iter().map(|name| (*name).to_string()).zip(scores).collect();
+        Answered {
             id,
             group,
             question: text,
             reference,
-            answer: given.answer,
+            answer,
             extracted,
             verdict,
             scores,
             error,
-            prompt_tokens: given.prompt_tokens,
-            completion_tokens: given.completion_tokens,
-            finished: given.finished,
-        })
+            prompt_tokens,
+            completion_tokens,
+            finished,
+        }
     }
 }
 

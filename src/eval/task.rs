@@ -105,6 +105,19 @@ pub trait Task {
     /// When the answer cannot be judged, whatever it says.
     fn judge(&mut self, at: usize, answer: &str) -> Result<Judgement>;
 
+    /// Judges answers to different questions, in their order; they may be judged side by side.
+    ///
+    /// # Errors
+    /// As [`judge`](Self::judge).
+    fn judge_all(&mut self, answers: &[(usize, &str)]) -> Result<Vec<Judgement>> {
+        answers.iter().map(|(at, answer)| self.judge(*at, answer)).collect()
+    }
+
+    /// How many answers are judged side by side, where they lie there.
+    fn side_by_side(&self) -> usize {
+        1
+    }
+
     /// Questions of the files that are not asked, by reason.
     fn left_out(&self) -> BTreeMap<String, usize> {
         BTreeMap::new()

@@ -1,7 +1,7 @@
 //! The tasks on the real sets: references are right, everything else is wrong.
 
 use std::path::{Path, PathBuf};
-use std::rc::Rc;
+use std::sync::Arc;
 use std::time::Duration;
 
 use granite::eval::finance_program::{self, Outcome};
@@ -29,24 +29,25 @@ fn finance(path: &Path, target: ConvFinQaTarget) -> FinanceTaskSpec {
     FinanceTaskSpec { path: path.to_path_buf(), target, limit: None, max_tokens: 1 }
 }
 
-fn sandbox() -> Rc<Sandbox> {
+fn sandbox() -> Arc<Sandbox> {
     // A busy machine is slow; no reference is endless.
     let limits = Limits { time: Duration::from_secs(60), ..Limits::default() };
-    Rc::new(Sandbox::open(Path::new(env!("CARGO_BIN_EXE_granite")), limits).unwrap())
+    Arc::new(Sandbox::open(Path::new(env!("CARGO_BIN_EXE_granite")), limits).unwrap())
 }
 
 /// How many of a task's questions are right when each is answered by `answer` of its reference.
 fn right(task: &mut dyn Task, every: usize, answer: impl Fn(&str) -> String) -> (usize, usize) {
-    let (mut right, mut asked) = (0, 0);
-    for at in (0..task.len()).step_by(every) {
-        let reference = task.question(at).unwrap().reference;
-        let judged = task.judge(at, &answer(&reference)).unwrap();
-        right += usize::from(judged.verdict == Verdict::Correct);
-        asked += 1;
-        assert_eq!(judged.scores.len(), task.measures().len());
-        assert_eq!(judged.scores[0] == 1.0, judged.verdict == Verdict::Correct);
+    let places: Vec<usize> = (0..task.len()).step_by(every).collect();
+    let answers: Vec<String> =
+        places.iter().map(|at| answer(&task.question(*at).unwrap().reference)).collect();
+    let given: Vec<(usize, &str)> = places.into_iter().zip(answers.iter().map(String::as_str)).collect();
+    let judged = task.judge_all(&given).unwrap();
+    assert_eq!(judged.len(), given.len());
+    for one in &judged {
+        assert_eq!(one.scores.len(), task.measures().len());
+        assert_eq!(one.scores[0] == 1.0, one.verdict == Verdict::Correct);
     }
-    (right, asked)
+    (judged.iter().filter(|one| one.verdict == Verdict::Correct).count(), judged.len())
 }
 
 /// A function's body that does nothing.
@@ -68,10 +69,22 @@ fn reference_programs_pass_their_tests_and_others_do_not() {
         return;
     }
     let sandbox = sandbox();
-    let mut task = Code::human_eval(&spec(&human_eval), None, Rc::clone(&sandbox)).unwrap();
+    let mut task = Code::human_eval(&spec(&human_eval), None, Arc::clone(&sandbox)).unwrap();
     assert_eq!(right(&mut task, 1, str::to_string), (164, 164));
     assert_eq!(right(&mut task, 1, nothing), (0, 164));
     assert_eq!(right(&mut task, 20, |_| "I cannot do this.".to_string()).0, 0);
+    // Side by side the order is kept: right and wrong in turn.
+    let references: Vec<String> = (0..9).map(|at| task.question(at).unwrap().reference).collect();
+    let mixed: Vec<(usize, &str)> = references
+        .iter()
+        .map(|one| if one.len() % 2 == 0 { one.as_str() } else { "    return" })
+        .enumerate()
+        .collect();
+    let together = task.judge_all(&mixed).unwrap();
+    for ((at, answer), judged) in mixed.into_iter().zip(together) {
+        let alone = task.judge(at, answer).unwrap();
+        assert_eq!((alone.verdict, alone.extracted), (judged.verdict, judged.extracted), "{at}");
+    }
     let mut task = Code::mbpp(&spec(&mbpp), None, sandbox).unwrap();
     assert_eq!(right(&mut task, 1, |code| format!("Here it is:\n```python\n{code}\n```")), (427, 427));
     assert_eq!(right(&mut task, 40, |_| String::new()).0, 0);

@@ -2,9 +2,10 @@
 //!
 //! Programs run in the [sandbox](crate::eval::sandbox). One answer is asked for a problem, greedily: pass@1.
 
-use std::rc::Rc;
+use std::sync::Arc;
 
-use anyhow::{Result, bail};
+use anyhow::{Context as _, Result, bail};
+use rayon::prelude::*;
 use serde::Deserialize;
 
 use crate::data::example::{Message, Role};
@@ -97,7 +98,7 @@ fn ahead_of<'a>(prompt: &'a str, name: &str) -> &'a str {
 pub struct Code {
     name: &'static str,
     problems: Vec<Problem>,
-    sandbox: Rc<Sandbox>,
+    sandbox: Arc<Sandbox>,
     max_tokens: usize,
 }
 
@@ -106,7 +107,7 @@ impl Code {
     ///
     /// # Errors
     /// When the file is missing or of another form.
-    pub fn human_eval(spec: &TaskSpec, limit: Option<usize>, sandbox: Rc<Sandbox>) -> Result<Self> {
+    pub fn human_eval(spec: &TaskSpec, limit: Option<usize>, sandbox: Arc<Sandbox>) -> Result<Self> {
         let mut problems = Vec::new();
         read_records::<HumanEvalRecord>(&spec.path, &["HumanEval.jsonl"], &[], &mut |_, record| {
             problems.push(completion(record));
@@ -119,7 +120,7 @@ impl Code {
     ///
     /// # Errors
     /// When the file is missing or of another form.
-    pub fn mbpp(spec: &TaskSpec, limit: Option<usize>, sandbox: Rc<Sandbox>) -> Result<Self> {
+    pub fn mbpp(spec: &TaskSpec, limit: Option<usize>, sandbox: Arc<Sandbox>) -> Result<Self> {
         let mut problems = Vec::new();
         read_records::<MbppRecord>(
             &spec.path,
@@ -141,10 +142,25 @@ impl Code {
         problems: &[Problem],
         spec: &TaskSpec,
         limit: Option<usize>,
-        sandbox: Rc<Sandbox>,
+        sandbox: Arc<Sandbox>,
     ) -> Self {
         let problems = spread(problems, limit.or(spec.limit));
         Self { name, problems, sandbox, max_tokens: spec.max_tokens }
+    }
+}
+
+impl Code {
+    fn judged(&self, at: usize, answer: &str) -> Result<Judgement> {
+        let Problem { id, form, .. } = &self.problems[at];
+        let code = fence::code(answer);
+        let ending = self.sandbox.run(&form.program(code)).with_context(|| format!("problem {id}"))?;
+        let mut judgement = Judgement::of(code, false);
+        match ending.failure() {
+            None => judgement = Judgement::of(code, true),
+            Some(error) if error.starts_with("AssertionError") => judgement.error = Some(error),
+            Some(error) => (judgement.verdict, judgement.error) = (Verdict::Failed, Some(error)),
+        }
+        Ok(judgement)
     }
 }
 
@@ -198,15 +214,16 @@ impl Task for Code {
     }
 
     fn judge(&mut self, at: usize, answer: &str) -> Result<Judgement> {
-        let code = fence::code(answer);
-        let ending = self.sandbox.run(&self.problems[at].form.program(code))?;
-        let mut judgement = Judgement::of(code, false);
-        match ending.failure() {
-            None => judgement = Judgement::of(code, true),
-            Some(error) if error.starts_with("AssertionError") => judgement.error = Some(error),
-            Some(error) => (judgement.verdict, judgement.error) = (Verdict::Failed, Some(error)),
-        }
-        Ok(judgement)
+        self.judged(at, answer)
+    }
+
+    fn judge_all(&mut self, answers: &[(usize, &str)]) -> Result<Vec<Judgement>> {
+        answers.par_iter().map(|(at, answer)| self.judged(*at, answer)).collect()
+    }
+
+    /// A program each processor: their time is limited by the clock on the wall.
+    fn side_by_side(&self) -> usize {
+        rayon::current_num_threads()
     }
 }
 
