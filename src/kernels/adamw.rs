@@ -95,8 +95,8 @@ fn sum_of_squares(values: &[f32]) -> f64 {
 
 /// One update of `p` (`[n]` f32) by the gradient `g` (`[n]` f32) with 8-bit moments `m` and `v`, whose blocks count from the first
 /// element; `copy` (`[n]` bf16) takes the rounded parameters. `norm_squared` (`[1]` f64) is what gradients are clipped by;
-/// where it is not finite nothing changes. On a GPU the moments may also lie in pinned host memory
-/// ([`bridge::pinned`](super::bridge::pinned)): slower, but no GPU memory.
+/// where it is not finite nothing changes. With the gradient on a GPU, `p`, `copy` and the moments may also lie in pinned host
+/// memory ([`bridge::pinned`](super::bridge::pinned)): slower, but no GPU memory.
 ///
 /// # Errors
 /// When a tensor is of another shape, dtype or device or not contiguous, or the driver fails.
@@ -109,7 +109,7 @@ pub fn adamw_8bit(
     norm_squared: &Tensor,
     step: &AdamWStep,
 ) -> Result<()> {
-    if !p.device().is_cuda() {
+    if !g.device().is_cuda() {
         return adamw_8bit_reference(p, copy, g, m, v, norm_squared, step);
     }
     check_8bit(p, copy, g, [m, v], norm_squared)?;
@@ -129,7 +129,7 @@ pub fn adamw_32bit(
     norm_squared: &Tensor,
     step: &AdamWStep,
 ) -> Result<()> {
-    if !p.device().is_cuda() {
+    if !g.device().is_cuda() {
         return adamw_32bit_reference(p, copy, g, m, v, norm_squared, step);
     }
     check_32bit(p, copy, g, [m, v], norm_squared)?;
@@ -268,9 +268,9 @@ fn check_8bit(
     Ok(())
 }
 
-/// Where a moment may lie: on the device, or, for a GPU's kernels, in the host's pinned memory.
-fn reach(moment: &Tensor, device: Device) -> Result<Device> {
-    let on_host = device.is_cuda() && moment.device() == Device::Cpu && bridge::is_pinned(moment)?;
+/// Where an operand but the gradient may lie: on the device, or, for a GPU's kernels, in the host's pinned memory.
+fn reach(operand: &Tensor, device: Device) -> Result<Device> {
+    let on_host = device.is_cuda() && operand.device() == Device::Cpu && bridge::is_pinned(operand)?;
     Ok(if on_host { Device::Cpu } else { device })
 }
 
@@ -293,11 +293,13 @@ fn check_common(
     g: &Tensor,
     norm_squared: &Tensor,
 ) -> Result<(i64, Device)> {
-    let (len, device) = (p.numel() as i64, p.device());
-    check("the parameters", p, Kind::Float, len, device)?;
+    let (len, device) = (p.numel() as i64, g.device());
+    check("the parameters", p, Kind::Float, len, reach(p, device)?)?;
     check("the gradient", g, Kind::Float, len, device)?;
     check("the norm", norm_squared, Kind::Double, 1, device)?;
-    copy.map_or(Ok(()), |copy| check("the rounded parameters", copy, Kind::BFloat16, len, device))?;
+    if let Some(copy) = copy {
+        check("the rounded parameters", copy, Kind::BFloat16, len, reach(copy, device)?)?;
+    }
     Ok((len, device))
 }
 

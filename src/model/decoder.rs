@@ -14,6 +14,7 @@ use super::load::{Loader, Weights};
 use super::noise::{NoiseStep, noisy};
 use super::params::ParamSet;
 use super::weights::TensorSource;
+use crate::kernels::bridge;
 use crate::kernels::cross_entropy::{
     cross_entropy_reference, cross_entropy_with_grad_reference, logits_reference,
 };
@@ -96,6 +97,21 @@ struct Adapters {
     params: ParamSet,
     /// The same in the activations' dtype, flat; in f32, and once prepared, the parameters themselves.
     copies: Tensor,
+}
+
+impl Adapters {
+    /// Parameters and copies become pinned host memory, which a GPU's kernels reach; an optimiser writes both.
+    fn move_to_host(&mut self, kind: Kind) -> Result<()> {
+        let moved = |kind: Kind| -> Result<Tensor> {
+            let host = bridge::pinned(&self.params.flat().size(), kind)?;
+            host.shallow_clone().f_copy_(self.params.flat())?;
+            Ok(host)
+        };
+        let (flat, copies) = (moved(Kind::Float)?, moved(kind)?);
+        self.params = self.params.over(flat).with_rounded(copies.shallow_clone());
+        self.copies = copies;
+        Ok(())
+    }
 }
 
 /// The frozen part of a decoder.
@@ -189,7 +205,7 @@ impl Decoder {
         self.adapters.as_ref().map(|adapters| &adapters.params)
     }
 
-    /// Renews what is derived from the adapter (copies for products).
+    /// Renews what is derived from the adapter (copies for products) after it was written to.
     ///
     /// # Errors
     /// When a copy fails.
@@ -197,8 +213,17 @@ impl Decoder {
         if let Some(Adapters { params, copies, .. }) = &mut self.adapters
             && copies.kind() != Kind::Float
         {
-            tch::no_grad(|| copies.copy_(params.flat()));
+            tch::no_grad(|| copies.f_copy_(params.flat()))?;
         }
+        self.adapters_stepped()
+    }
+
+    /// As [`adapters_changed`](Self::adapters_changed), after an optimiser's step, which has written the
+    /// [rounded copy](ParamSet::rounded) where there is one.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn adapters_stepped(&self) -> Result<()> {
         match &self.fused {
             Some(fused) => tch::no_grad(|| fused.adapters_changed(&self.layers)),
             None => Ok(()),
@@ -211,15 +236,20 @@ impl Decoder {
     /// # Errors
     /// When no adapter is attached, or the memory does not suffice.
     pub fn prepare(&mut self, limits: Limits, layout: impl Into<MemoryLayout>) -> Result<()> {
+        let (kind, device, layout) = (self.kind(), self.device, layout.into());
         let adapters = self.adapters.as_mut().context("no adapter is attached: there is nothing to train")?;
-        // The passes take the parameters themselves.
-        adapters.copies = adapters.params.flat().shallow_clone();
+        if layout.recompute.offloads_adapter() && device.is_cuda() {
+            adapters.move_to_host(kind)?;
+        } else {
+            // The passes take the parameters themselves.
+            adapters.copies = adapters.params.flat().shallow_clone();
+        }
         for adapter in self.layers.iter_mut().flat_map(DecoderLayer::adapters_mut) {
             adapter.take_copies(&adapters.params, &adapters.copies);
         }
-        let sizes = Sizes::new(&self.config, &adapters.spec, limits, layout.into());
-        let (kind, device) = (self.kind(), self.device);
-        self.fused = Some(Fused::new(sizes, &mut self.layers, kind, device)?);
+        let sizes = Sizes::new(&self.config, &adapters.spec, limits, layout);
+        let adapter = (adapters.params.slots(), &adapters.copies);
+        self.fused = Some(Fused::new(sizes, &mut self.layers, adapter, kind, device)?);
         Ok(())
     }
 
@@ -260,6 +290,11 @@ impl Decoder {
             if let Some(fused) = self.fused.as_ref().filter(|fused| fused.takes(batch)) {
                 return per_sequence(batch, &fused.loss(self.frozen(), batch, self.adapters_on)?);
             }
+            ensure!(
+                self.adapters().is_none_or(|adapters| adapters.rounded().is_none()),
+                "a batch of {} tokens is larger than memory was taken for, and the adapter lies on the host",
+                batch.tokens()
+            );
             let pass = self.pass(batch, None);
             let hidden = self.forward(batch, &pass, None, |_| {})?;
             let normed = self.final_norm(&hidden.index_select(0, &batch.rows)).y;

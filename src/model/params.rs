@@ -1,7 +1,7 @@
 //! Trainable parameters: names and shapes over one flat allocation.
 //!
 //! Adapter, gradients and moments share one layout, so the optimiser is a pass over flat memory and
-//! a checkpoint is a list of named views.
+//! a checkpoint is a list of named views. Parameters may lie in the host's memory while gradients lie on a GPU.
 
 use tch::{Device, Kind, Tensor};
 
@@ -34,6 +34,8 @@ pub struct ParamSet {
     slots: Vec<ParamSlot>,
     /// `[elements]` f32.
     flat: Tensor,
+    /// `[elements]` bf16.
+    rounded: Option<Tensor>,
 }
 
 impl ParamSet {
@@ -48,17 +50,32 @@ impl ParamSet {
                 slot
             })
             .collect();
-        Self { slots, flat: Tensor::zeros([offset], (Kind::Float, device)) }
+        Self { slots, flat: Tensor::zeros([offset], (Kind::Float, device)), rounded: None }
     }
 
-    /// Zeros in the same layout: gradients, moments.
+    /// Zeros in the same layout, where the parameters lie.
     pub fn zeros_like(&self) -> Self {
-        Self { slots: self.slots.clone(), flat: self.flat.zeros_like() }
+        self.over(self.flat.zeros_like())
+    }
+
+    /// Zeros in the same layout: gradients, which lie where the computation is.
+    pub fn zeros_on(&self, device: Device) -> Self {
+        self.over(Tensor::zeros(self.flat.size(), (Kind::Float, device)))
     }
 
     /// The same layout over another allocation, `[elements]` f32.
     pub fn over(&self, flat: Tensor) -> Self {
-        Self { slots: self.slots.clone(), flat }
+        Self { slots: self.slots.clone(), flat, rounded: None }
+    }
+
+    /// The same, with a copy in bf16 that an optimiser keeps up to date.
+    pub(super) fn with_rounded(self, rounded: Tensor) -> Self {
+        Self { rounded: Some(rounded), ..self }
+    }
+
+    /// The parameters in bf16, `[elements]`, where an optimiser is to write them too.
+    pub fn rounded(&self) -> Option<&Tensor> {
+        self.rounded.as_ref()
     }
 
     /// The layout.

@@ -370,6 +370,9 @@ pub enum RecomputeChoice {
     /// As [`Recompute::LayerOffload`].
     #[serde(rename = "layer+offload")]
     LayerOffload,
+    /// As [`Recompute::LayerOffloadAdapter`].
+    #[serde(rename = "layer+offload+adapter")]
+    LayerOffloadAdapter,
 }
 
 impl RecomputeChoice {
@@ -381,6 +384,7 @@ impl RecomputeChoice {
             Self::Mlp => Some(Recompute::Mlp),
             Self::Layer => Some(Recompute::Layer),
             Self::LayerOffload => Some(Recompute::LayerOffload),
+            Self::LayerOffloadAdapter => Some(Recompute::LayerOffloadAdapter),
         }
     }
 }
@@ -399,20 +403,30 @@ pub enum Recompute {
     #[serde(rename = "layer+offload")]
     #[value(name = "layer+offload")]
     LayerOffload,
+    /// As `layer+offload`, with the adapter itself in the host's memory too.
+    #[serde(rename = "layer+offload+adapter")]
+    #[value(name = "layer+offload+adapter")]
+    LayerOffloadAdapter,
 }
 
 impl Recompute {
     /// From the fastest to the leanest.
-    pub const ALL: [Self; 4] = [Self::None, Self::Mlp, Self::Layer, Self::LayerOffload];
+    pub const ALL: [Self; 5] =
+        [Self::None, Self::Mlp, Self::Layer, Self::LayerOffload, Self::LayerOffloadAdapter];
 
     /// Whether whole layers are computed again.
     pub fn is_layer(self) -> bool {
-        matches!(self, Self::Layer | Self::LayerOffload)
+        matches!(self, Self::Layer | Self::LayerOffload | Self::LayerOffloadAdapter)
     }
 
     /// Whether streams and moments lie in the host's memory.
     pub fn offloads(self) -> bool {
-        self == Self::LayerOffload
+        matches!(self, Self::LayerOffload | Self::LayerOffloadAdapter)
+    }
+
+    /// Whether the adapter lies in the host's memory.
+    pub fn offloads_adapter(self) -> bool {
+        self == Self::LayerOffloadAdapter
     }
 
     /// As in a recipe.
@@ -422,6 +436,7 @@ impl Recompute {
             Self::Mlp => "mlp",
             Self::Layer => "layer",
             Self::LayerOffload => "layer+offload",
+            Self::LayerOffloadAdapter => "layer+offload+adapter",
         }
     }
 }

@@ -198,6 +198,7 @@ mod tests {
             (24, Recompute::Mlp, false),
             (12, Recompute::Layer, false),
             (9, Recompute::LayerOffload, false),
+            (8, Recompute::LayerOffloadAdapter, false),
         ] {
             let layout = fitting(&[], free * GIB).unwrap();
             assert_eq!(layout, MemoryLayout { recompute, resident_weights }, "{free} GiB");

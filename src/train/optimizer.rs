@@ -82,11 +82,11 @@ impl GradNorm {
 impl AdamW {
     /// Zero moments for the layout of `parameters`.
     pub fn new(parameters: &ParamSet, spec: &TrainSpec) -> Self {
-        Self::build(parameters, spec, parameters.flat().device())
+        let device = parameters.flat().device();
+        Self::build(parameters, spec, device, device)
     }
 
-    fn build(parameters: &ParamSet, spec: &TrainSpec, moments_on: Device) -> Self {
-        let device = parameters.flat().device();
+    fn build(parameters: &ParamSet, spec: &TrainSpec, device: Device, moments_on: Device) -> Self {
         let ratio = spec.loraplus_lr_ratio.unwrap_or(1.0);
         let runs = match spec.optimizer {
             Optimizer::AdamW if ratio == 1.0 => {
@@ -108,13 +108,14 @@ impl AdamW {
         }
     }
 
-    /// As [`new`](Self::new), with the moments in the host's memory, where a GPU's kernels reach them too.
+    /// As [`new`](Self::new) for gradients on `device`, with the moments in the host's memory, where a GPU's kernels reach
+    /// them too. The parameters may lie there as well, pinned.
     ///
     /// # Errors
     /// When there is not enough of it.
-    pub fn with_moments_on_host(parameters: &ParamSet, spec: &TrainSpec) -> Result<Self> {
-        let mut adamw = Self::build(parameters, spec, Device::Cpu);
-        if !parameters.flat().device().is_cuda() {
+    pub fn with_moments_on_host(parameters: &ParamSet, spec: &TrainSpec, device: Device) -> Result<Self> {
+        let mut adamw = Self::build(parameters, spec, device, Device::Cpu);
+        if !device.is_cuda() {
             return Ok(adamw);
         }
         let moved = |tensor: &mut Tensor| -> Result<()> {
@@ -135,10 +136,11 @@ impl AdamW {
         Ok(adamw)
     }
 
-    /// One update of `parameters` by `gradients` (same layout), clipped to the recipe's norm; `step` counts from 1.
-    /// Gradients that are not finite change nothing, and their norm shows it.
+    /// One update of `parameters`, and of their rounded copy, by `gradients` (same layout), clipped to the recipe's norm;
+    /// `step` counts from 1. Gradients that are not finite change nothing, and their norm shows it.
     ///
-    /// On a GPU the update is queued and nothing is read back.
+    /// On a GPU the update is queued and nothing is read back: parameters and moments on the host are new once the norm
+    /// has been read.
     ///
     /// # Errors
     /// When the driver fails.
@@ -153,7 +155,7 @@ impl AdamW {
             norm_squared(gradients.flat(), &self.partials, &self.norm_squared)?;
             let step = self.settings(lr, step);
             for run in &self.runs {
-                run.update(parameters.flat(), gradients.flat(), &self.norm_squared, &step)?;
+                run.update(parameters, gradients.flat(), &self.norm_squared, &step)?;
             }
             Ok(GradNorm(self.norm_squared.shallow_clone()))
         })
@@ -261,22 +263,23 @@ impl Run {
     }
 
     /// Whole on a GPU; part by part on the CPU, where tensor operations make copies of what they work on.
-    fn update(&self, p: &Tensor, g: &Tensor, norm_squared: &Tensor, step: &AdamWStep) -> Result<()> {
+    fn update(&self, p: &ParamSet, g: &Tensor, norm_squared: &Tensor, step: &AdamWStep) -> Result<()> {
         let step = &AdamWStep { lr: step.lr * self.factor, ..*step };
         let whole = [Part { name: String::new(), offset: 0, len: self.len }];
-        for part in if p.device().is_cuda() { &whole } else { self.parts.as_slice() } {
+        for part in if g.device().is_cuda() { &whole } else { self.parts.as_slice() } {
             let within = |flat: &Tensor| flat.f_narrow(0, self.offset + part.offset, part.len);
-            let (p, g) = (within(p)?, within(g)?);
+            let copy = p.rounded().map(within).transpose()?;
+            let (p, g, copy) = (within(p.flat())?, within(g)?, copy.as_ref());
             let moments = [self.moments[0].narrow(part), self.moments[1].narrow(part)];
             match &moments {
                 [
                     Moment::Coded { codes: m, absmax: m_absmax },
                     Moment::Coded { codes: v, absmax: v_absmax },
                 ] => {
-                    adamw_8bit(&p, None, &g, (m, m_absmax), (v, v_absmax), norm_squared, step)?;
+                    adamw_8bit(&p, copy, &g, (m, m_absmax), (v, v_absmax), norm_squared, step)?;
                 }
                 [Moment::Wide(m), Moment::Wide(v)] => {
-                    adamw_32bit(&p, None, &g, m, v, norm_squared, step)?;
+                    adamw_32bit(&p, copy, &g, m, v, norm_squared, step)?;
                 }
                 _ => unreachable!("both moments of a run have one form"),
             }

@@ -60,7 +60,7 @@ impl<'scope, 'env> Training<'scope, 'env> {
     ) -> Result<Self> {
         let adapters = decoder.adapters().context("the decoder took no adapter")?;
         let optimizer = if layout.is_some_and(|layout| layout.recompute.offloads()) {
-            AdamW::with_moments_on_host(adapters, &plan.recipe.train)?
+            AdamW::with_moments_on_host(adapters, &plan.recipe.train, decoder.device())?
         } else {
             AdamW::new(adapters, &plan.recipe.train)
         };
@@ -69,7 +69,7 @@ impl<'scope, 'env> Training<'scope, 'env> {
         Ok(Self {
             optimizer,
             layout,
-            gradients: adapters.zeros_like(),
+            gradients: adapters.zeros_on(decoder.device()),
             plan,
             options,
             decoder,
@@ -191,7 +191,7 @@ impl<'scope, 'env> Training<'scope, 'env> {
         let at = self.at(grad_norm.is_finite() && grad_norm > 0.0)?;
         guard::finite(at, loss, grad_norm, &self.gradients)?;
         guard::arrived(at, grad_norm, supervised, &self.gradients)?;
-        self.decoder.adapters_changed()?;
+        self.decoder.adapters_stepped()?;
         if self.summary.tokens == 0 {
             self.summary.seconds_to_first_step = self.begun.elapsed().as_secs_f64();
         }

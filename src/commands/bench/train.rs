@@ -111,11 +111,11 @@ impl Bench {
         let adapters = decoder.adapters().context("the decoder took no adapter")?;
         let spec = TrainSpec { max_grad_norm: 1.0, ..TrainSpec::default() };
         let optimizer = if args.recompute.offloads() {
-            AdamW::with_moments_on_host(adapters, &spec)?
+            AdamW::with_moments_on_host(adapters, &spec, device)?
         } else {
             AdamW::new(adapters, &spec)
         };
-        Ok(Self { optimizer, gradients: adapters.zeros_like(), batches, decoder, step: 0 })
+        Ok(Self { optimizer, gradients: adapters.zeros_on(decoder.device()), batches, decoder, step: 0 })
     }
 
     /// One optimiser step; its loss.
@@ -129,7 +129,7 @@ impl Bench {
         let adapters = self.decoder.adapters().context("the decoder took no adapter")?;
         self.step += 1;
         self.optimizer.step(adapters, &self.gradients, 2e-4, self.step)?;
-        self.decoder.adapters_changed()?;
+        self.decoder.adapters_stepped()?;
         self.mark("optimiser")?;
         Ok(loss)
     }

@@ -71,7 +71,7 @@ pub(super) fn norm_squared(g: &Tensor, partials: &Tensor, out: &Tensor) -> Resul
     };
     for (name, blocks) in [("grad_norm_partials", GRAD_PARTIALS as u32), ("grad_norm_sum", 1)] {
         let kernel = gpu.kernel("adamw", name)?;
-        // SAFETY: the operands have the kernel's dtypes and lengths and lie on this GPU (checked by the caller), and nobody
+        // SAFETY: the operands have the kernel's dtypes and lengths and this GPU reaches them (checked by the caller), and nobody
         // else writes `partials` and `out`; libtorch orders their release after these launches.
         unsafe { gpu.launch(kernel, shape(blocks, THREADS), &params)? };
     }
@@ -93,7 +93,7 @@ pub(super) fn adamw_8bit(
         ..AdamWParams::new(p, copy, g, [m.0, v.0], norm_squared, step)
     };
     let (whole, rest) = params.whole_blocks();
-    let gpu = Gpu::of(p)?;
+    let gpu = Gpu::of(g)?;
     for (name, params) in [("adamw_8bit", whole), ("adamw_8bit_any", rest)] {
         if params.elements == 0 {
             continue;
@@ -104,7 +104,7 @@ pub(super) fn adamw_8bit(
         // At most `resident`, which is a small number.
         let grid = blocks.div_ceil(warps).min(resident) as u32;
         let kernel = gpu.kernel("adamw", name)?;
-        // SAFETY: the operands have the kernel's dtypes and lengths and lie on this GPU (checked by the caller), are aligned
+        // SAFETY: the operands have the kernel's dtypes and lengths and this GPU reaches them (checked by the caller), are aligned
         // as the kernel wants them (`whole_blocks`), and nobody else touches what it writes; libtorch orders their
         // release after this launch.
         unsafe { gpu.launch(kernel, shape(grid, THREADS_8BIT), &params)? };
@@ -130,9 +130,9 @@ pub(super) fn adamw_32bit(
         u64::from(wide.iter().all(|at| at.is_multiple_of(16)) && params.copy.is_multiple_of(8));
     let blocks = params.elements.div_ceil(u64::from(THREADS) * 4);
     let blocks = u32::try_from(blocks).context("so many parameters do not fit one launch")?;
-    let gpu = Gpu::of(p)?;
+    let gpu = Gpu::of(g)?;
     let kernel = gpu.kernel("adamw", "adamw_32bit")?;
-    // SAFETY: the operands have the kernel's dtypes and lengths and lie on this GPU (checked by the caller), and nobody else
+    // SAFETY: the operands have the kernel's dtypes and lengths and this GPU reaches them (checked by the caller), and nobody else
     // touches what it writes; libtorch orders their release after this launch.
     unsafe { gpu.launch(kernel, shape(blocks, THREADS), &params) }
 }

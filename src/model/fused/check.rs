@@ -160,7 +160,7 @@ impl Trained {
             let limits = Limits { tokens: batch.tokens() + 37, sequences: batch.sources.len() as i64 - 1 };
             decoder.prepare(limits, layout)?;
         }
-        let mut gradients = decoder.adapters().context("no adapter")?.zeros_like();
+        let mut gradients = decoder.adapters().context("no adapter")?.zeros_on(device);
         let options =
             GradOptions { scale: 1.0 / batch.supervised as f64, seed: 17, microbatch: 3, noise: case.noise };
         let loss = decoder.loss_and_grad(&batch, &options, &mut gradients)?;

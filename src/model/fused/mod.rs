@@ -8,6 +8,7 @@
 mod attention;
 pub mod check;
 pub mod group;
+mod host_adapter;
 mod offload;
 mod pass;
 pub mod plan;
@@ -18,6 +19,7 @@ mod workspace;
 use anyhow::{Result, ensure};
 use tch::{Device, Kind, Tensor};
 
+use self::host_adapter::HostAdapter;
 use self::offload::Offload;
 use self::pass::Pass;
 use self::plan::Sizes;
@@ -28,7 +30,7 @@ use super::config::ModelConfig;
 use super::decoder::{Frozen, GradOptions};
 use super::layer::DecoderLayer;
 use super::linear::DropoutStep;
-use super::params::ParamSet;
+use super::params::{ParamSet, ParamSlot};
 use crate::kernels::gemm::Gemm;
 use crate::kernels::stopwatch::Stopwatch;
 
@@ -41,19 +43,23 @@ pub struct Fused {
     resident: Option<Resident>,
     /// Where streams are kept on the host.
     offload: Option<Offload>,
+    /// Where the adapter is kept on the host.
+    host_adapter: Option<HostAdapter>,
     gemm: Gemm,
     /// Times the parts of a pass when started.
     pub clock: Stopwatch,
 }
 
 impl Fused {
-    /// Takes the memory. Where weights are to be resident, the layers' become views into them.
+    /// Takes the memory. Where weights are to be resident, the layers' become views into them. `adapter`: names, and the
+    /// parameters as products take them, `[elements]` of `kind`, on the host where the layout says so.
     ///
     /// # Errors
     /// When there is not enough of it.
     pub(super) fn new(
         sizes: Sizes,
         layers_of_model: &mut [DecoderLayer],
+        adapter: (&[ParamSlot], &Tensor),
         kind: Kind,
         device: Device,
     ) -> Result<Self> {
@@ -64,10 +70,17 @@ impl Fused {
             .offloads()
             .then(|| Offload::new(layers, sizes.tokens, hidden, kind, device))
             .transpose()?;
+        let host_adapter = sizes
+            .layout
+            .recompute
+            .offloads_adapter()
+            .then(|| HostAdapter::new(adapter.0, adapter.1, layers, device))
+            .transpose()?;
         let resident =
             sizes.layout.resident_weights.then(|| Resident::new(&sizes, layers_of_model, kind, device));
         let fused = Self {
             offload,
+            host_adapter,
             resident: resident.transpose()?,
             workspace: Workspace::new(&sizes, kind, device)?,
             gemm: Gemm::new(device)?,

@@ -94,6 +94,7 @@ impl Fused {
             if let Some(offload) = &self.offload {
                 offload.wait(index)?;
             }
+            self.bring_adapter(index, index + 1, pass)?;
             self.enter_layer(index, layer, pass)?;
             if let Some(offload) = &self.offload {
                 offload.store(index, &self.kept(index, pass.tokens).x)?;
@@ -105,6 +106,17 @@ impl Fused {
             }
         }
         Ok(kept)
+    }
+
+    /// Where the adapter lies on the host: waits for a layer's part, and begins to fetch the one that is needed `next`.
+    fn bring_adapter(&self, index: usize, next: usize, pass: &Pass<'_>) -> Result<()> {
+        match &self.host_adapter {
+            Some(host) if pass.adapted => {
+                host.bring(index)?;
+                host.fetch(next)
+            }
+            _ => Ok(()),
+        }
     }
 
     /// The stream before a layer, and its norm as input of the first product.
@@ -263,11 +275,11 @@ impl Fused {
             if let Some(offload) = &self.offload {
                 offload.wait(index)?;
             }
-            let attended = match self.sizes.layout.recompute {
-                Recompute::Layer | Recompute::LayerOffload => self.again(index, layer, pass)?,
-                Recompute::None | Recompute::Mlp => {
-                    kept.pop().context("a layer kept nothing of its attention")?
-                }
+            self.bring_adapter(index, index.wrapping_sub(1), pass)?;
+            let attended = if self.sizes.layout.recompute.is_layer() {
+                self.again(index, layer, pass)?
+            } else {
+                kept.pop().context("a layer kept nothing of its attention")?
             };
             self.feed_forward_backward(index, layer, pass, grads)?;
             self.attend_backward(index, layer, attended, pass, grads)?;

@@ -8,6 +8,7 @@ use std::fmt;
 use serde::Serialize;
 
 use super::group::{Group, GroupName};
+use super::host_adapter;
 use super::offload::SLOTS;
 use crate::kernels::attention::{AttentionKernel, AttentionScratch, AttentionShape};
 use crate::kernels::gemm::Gemm;
@@ -199,7 +200,7 @@ impl Sizes {
             Recompute::None => [layers, layers, layers],
             Recompute::Mlp => [layers, layers, 1],
             Recompute::Layer => [layers, 1, 1],
-            Recompute::LayerOffload => [layers.min(SLOTS as i64), 1, 1],
+            Recompute::LayerOffload | Recompute::LayerOffloadAdapter => [layers.min(SLOTS as i64), 1, 1],
         }
     }
 
@@ -227,6 +228,10 @@ impl Sizes {
             Region::new("gradient of the stream", t * self.gradient_columns() * BF16, 1),
             Region::new("cuBLAS", Gemm::WORKSPACE, 1),
         ];
+        if self.layout.recompute.offloads_adapter() {
+            let layer = self.trainable() / self.config.num_hidden_layers.max(1) as i64;
+            regions.push(Region::new("adapters of a layer", layer * BF16, host_adapter::SLOTS as i64));
+        }
         regions.extend(self.attention(blocks));
         regions
     }
@@ -279,7 +284,11 @@ impl Sizes {
             Region::new("base weights of a layer", linear_bytes, layers),
             Region::new("embedding and head", self.padded_vocab() * config.hidden_size * BF16, tables),
             Region::new("norms", config.hidden_size * BF16, 2 * layers + 1),
-            Region::new("adapter, f32", trainable * F32, 1),
+            Region::new(
+                "adapter, f32",
+                if self.layout.recompute.offloads_adapter() { 0 } else { trainable * F32 },
+                1,
+            ),
             Region::new("adapter gradients", trainable * F32, 1),
             Region::new("moments", if self.layout.recompute.offloads() { 0 } else { moments }, 1),
         ]

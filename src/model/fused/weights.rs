@@ -13,7 +13,7 @@ use super::product::At;
 use super::workspace::matrix;
 use crate::kernels::nf4::dequantize_into;
 use crate::model::layer::DecoderLayer;
-use crate::model::linear::{Adapter, BaseWeight};
+use crate::model::linear::BaseWeight;
 
 /// Weights of every layer's groups, `[out + ranks, in + ranks]`, as in [`super::group`].
 #[derive(Debug)]
@@ -61,12 +61,18 @@ impl Resident {
 impl Fused {
     /// Brings resident weights up to date with their adapters; others are laid out anew at each use.
     pub(in crate::model) fn adapters_changed(&self, layers: &[DecoderLayer]) -> Result<()> {
+        if let Some(host) = &self.host_adapter {
+            host.forget()?;
+        }
         let Some(resident) = &self.resident else { return Ok(()) };
         for (index, layer) in layers.iter().enumerate() {
+            if let Some(host) = &self.host_adapter {
+                host.bring(index)?;
+            }
             for name in GroupName::ALL {
                 let at = self.at(name, index, layer);
                 if let Some(whole) = resident.of(at) {
-                    lay_out_adapters(at, &whole)?;
+                    self.lay_out_adapters(at, &whole)?;
                 }
             }
         }
@@ -90,8 +96,23 @@ impl Fused {
             let _ = whole.narrow(1, width, ranks).f_zero_()?;
             let _ = whole.narrow(0, outputs, ranks).f_zero_()?;
         }
-        lay_out_adapters(at, &whole)?;
+        self.lay_out_adapters(at, &whole)?;
         Ok(whole)
+    }
+
+    /// Beside and under the base's weights; what lies between the members' own places stays.
+    fn lay_out_adapters(&self, at: At<'_>, whole: &Tensor) -> Result<()> {
+        let (outputs, width) = (at.group.output(), at.group.input);
+        for (member, adapter) in at.adapted() {
+            let [a, b] = match &self.host_adapter {
+                Some(host) => host.of(at.index, [adapter.a_slot, adapter.b_slot])?,
+                None => [adapter.a.shallow_clone(), adapter.b.shallow_clone()],
+            };
+            let column = width + member.column;
+            whole.narrow(0, member.row, member.rows).narrow(1, column, member.rank).f_copy_(&b)?;
+            whole.narrow(0, outputs + member.column, member.rank).narrow(1, 0, width).f_copy_(&a)?;
+        }
+        Ok(())
     }
 
     /// The group's weights as they were laid out last.
@@ -111,17 +132,6 @@ fn lay_out_base(group: &Group, layer: &DecoderLayer, whole: &Tensor) -> Result<(
             BaseWeight::Nf4(weight) => dequantize_into(weight, &to)?,
             BaseWeight::Dense(weight) => to.f_copy_(weight)?,
         }
-    }
-    Ok(())
-}
-
-/// Beside and under the base's weights; what lies between the members' own places stays.
-fn lay_out_adapters(at: At<'_>, whole: &Tensor) -> Result<()> {
-    let (outputs, width) = (at.group.output(), at.group.input);
-    for (member, Adapter { a, b, .. }) in at.adapted() {
-        let column = width + member.column;
-        whole.narrow(0, member.row, member.rows).narrow(1, column, member.rank).f_copy_(b)?;
-        whole.narrow(0, outputs + member.column, member.rank).narrow(1, 0, width).f_copy_(a)?;
     }
     Ok(())
 }
