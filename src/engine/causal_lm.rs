@@ -19,7 +19,10 @@ pub trait CausalLm: Send + 'static {
     fn vocabulary(&self) -> usize;
 
     /// An empty cache with room for `capacity` tokens.
-    fn new_cache(&self, capacity: usize) -> Self::Cache;
+    ///
+    /// # Errors
+    /// When there is no memory for it.
+    fn new_cache(&self, capacity: usize) -> Result<Self::Cache>;
 
     /// Appends tokens to each sequence of `batch`; the logits after the last of each, `[vocab]` for every sequence in
     /// the order of the batch.
@@ -40,7 +43,7 @@ impl CausalLm for Decoder {
         usize::try_from(self.config().vocab_size).unwrap_or(0)
     }
 
-    fn new_cache(&self, capacity: usize) -> KvCache {
+    fn new_cache(&self, capacity: usize) -> Result<KvCache> {
         KvCache::new(self.config(), capacity as i64, self.kind(), self.device())
     }
 

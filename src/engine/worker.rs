@@ -18,14 +18,18 @@ const PREFILL_CHUNK: usize = 512;
 /// Answers requests until the queue is closed, or the model panics.
 pub(super) fn run<M: CausalLm>(model: &M, shared: &Shared, options: &EngineOptions) {
     let mut batch = Batch { model, shared, options, running: Vec::new() };
-    while batch.admit() {
-        if let Err(panic) = catch_unwind(AssertUnwindSafe(|| batch.step())) {
-            // After a panic in libtorch nothing is known about the device: the engine ends here.
-            shared.healthy.store(false, Ordering::Relaxed);
-            shared.queue.close();
-            batch.fail(&format!("this is a bug in granite: {}", message_of(&*panic)));
-            refuse_waiting(shared);
-            return;
+    loop {
+        match catch_unwind(AssertUnwindSafe(|| batch.turn())) {
+            Ok(true) => {}
+            Ok(false) => return,
+            Err(panic) => {
+                // After a panic in libtorch nothing is known about the device: the engine ends here.
+                shared.healthy.store(false, Ordering::Relaxed);
+                shared.queue.close();
+                batch.fail(&format!("this is a bug in granite: {}", message_of(&*panic)));
+                refuse_waiting(shared);
+                return;
+            }
         }
     }
 }
@@ -51,6 +55,15 @@ struct Batch<'a, M: CausalLm> {
 }
 
 impl<M: CausalLm> Batch<'_, M> {
+    /// Takes up what there is room for, and goes a step; `false` when nothing runs and nothing will come.
+    fn turn(&mut self) -> bool {
+        let goes_on = self.admit();
+        if goes_on {
+            self.step();
+        }
+        goes_on
+    }
+
     /// Takes up waiting requests while there is room, and waits for one when none is running; `false` when none will
     /// come.
     fn admit(&mut self) -> bool {
@@ -71,9 +84,18 @@ impl<M: CausalLm> Batch<'_, M> {
     }
 
     fn take_up(&mut self, job: Job) {
-        let cache = self.model.new_cache(capacity_of(&job));
-        self.running.push(Running::new(job, cache));
-        self.count();
+        let capacity = capacity_of(&job);
+        match self.model.new_cache(capacity) {
+            Ok(cache) => {
+                self.running.push(Running::new(job, cache));
+                self.count();
+            }
+            // Of this request alone: the others have their caches.
+            Err(error) => {
+                let reason = format!("no memory for the keys and values of {capacity} tokens: {error:#}");
+                job.events.send(Event::Failed(reason));
+            }
+        }
     }
 
     fn count(&self) {

@@ -1,5 +1,6 @@
 //! Keys and values of one sequence, kept between steps of generation.
 
+use anyhow::Result;
 use tch::{Device, Kind, Tensor};
 
 use super::config::ModelConfig;
@@ -18,11 +19,14 @@ pub struct KvCache {
 
 impl KvCache {
     /// Room for `capacity` tokens.
-    pub fn new(config: &ModelConfig, capacity: i64, kind: Kind, device: Device) -> Self {
+    ///
+    /// # Errors
+    /// When there is no memory for them.
+    pub fn new(config: &ModelConfig, capacity: i64, kind: Kind, device: Device) -> Result<Self> {
         let shape = [config.num_key_value_heads, capacity, config.head_dim];
-        let allocate =
-            || (0..config.num_hidden_layers).map(|_| Tensor::empty(shape, (kind, device))).collect();
-        Self { keys: allocate(), values: allocate(), length: 0, capacity }
+        let layer = |_| Ok(Tensor::f_empty(shape, (kind, device))?);
+        let allocate = || (0..config.num_hidden_layers).map(layer).collect::<Result<Vec<_>>>();
+        Ok(Self { keys: allocate()?, values: allocate()?, length: 0, capacity })
     }
 
     /// Memory of one token, all layers, in bytes.

@@ -16,7 +16,7 @@ fn fixture(name: &str) -> PathBuf {
 
 fn decoder(model: &str) -> Decoder {
     let base = BaseModel::open(fixture(model).to_str().unwrap()).unwrap();
-    let options = LoadOptions { quantization: Quantization::Nf4, device: Device::Cpu };
+    let options = LoadOptions::new(Quantization::Nf4, Device::Cpu);
     let mut decoder = Decoder::load(base.tensors.as_ref(), &base.config, &options).unwrap();
     adapter::load(&fixture(model).join("adapter")).unwrap().apply(&mut decoder).unwrap();
     decoder

@@ -11,7 +11,7 @@ use std::time::Duration;
 use granite::engine::{
     Engine, EngineHandle, EngineOptions, Event, FinishReason, Request, Sampling, SubmitError, Usage,
 };
-use scripted::{Counting, Gate};
+use scripted::{Counting, Gate, UNALLOCATABLE};
 
 /// One request at a time: what runs and what waits is then known.
 fn options(queue: usize) -> EngineOptions {
@@ -184,6 +184,33 @@ fn a_panic_is_told_and_ends_the_engine() {
     assert!(error.contains("bug in granite: token 10"), "{error}");
     let error = second.wait().unwrap_err().to_string();
     assert!(error.contains("failed at an earlier request"), "{error}");
+    assert!(!engine.is_healthy());
+    assert_eq!(engine.submit(request(&[1], 1)).unwrap_err(), SubmitError::Stopped);
+}
+
+#[test]
+fn a_cache_that_cannot_be_had_fails_its_request_alone() {
+    let engine = Engine::spawn(Counting::new(100, 64).with_memory(20), &options(8)).unwrap();
+    let streams =
+        [(3, 5), (3, 30), (4, 5)].map(|(token, most)| engine.submit(request(&[token], most)).unwrap());
+    let [first, second, third] = streams.map(|stream| stream.wait());
+    assert_eq!(first.unwrap().ids(), [4, 5, 6, 7, 8]);
+    let error = second.unwrap_err().to_string();
+    assert!(error.contains("keys and values of 31 tokens: out of memory"), "{error}");
+    assert_eq!(third.unwrap().ids(), [5, 6, 7, 8, 9]);
+    assert!(engine.is_healthy());
+}
+
+#[test]
+fn an_allocator_that_panics_ends_the_engine_and_is_told() {
+    let engine = counting(8);
+    let lost = engine.submit(request(&[1], UNALLOCATABLE - 1)).unwrap();
+    assert!(lost.wait().is_err());
+    // The engine ends a moment after the request that it lost.
+    let until = std::time::Instant::now() + Duration::from_secs(60);
+    while engine.is_healthy() && std::time::Instant::now() < until {
+        std::thread::sleep(Duration::from_millis(5));
+    }
     assert!(!engine.is_healthy());
     assert_eq!(engine.submit(request(&[1], 1)).unwrap_err(), SubmitError::Stopped);
 }

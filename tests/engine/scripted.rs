@@ -3,7 +3,7 @@
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::Duration;
 
-use anyhow::{Result, bail};
+use anyhow::{Result, bail, ensure};
 use granite::engine::CausalLm;
 use granite::model::continuation::Continuation;
 
@@ -41,7 +41,11 @@ pub struct Counting {
     failing: Option<u32>,
     panicking: Option<u32>,
     steps: Option<Steps>,
+    memory: Option<usize>,
 }
+
+/// A capacity at which the allocator panics, as one of libtorch's may.
+pub const UNALLOCATABLE: usize = 13;
 
 /// How many tokens of each sequence went through the model, step by step.
 pub type Steps = Arc<Mutex<Vec<Vec<usize>>>>;
@@ -49,7 +53,8 @@ pub type Steps = Arc<Mutex<Vec<Vec<usize>>>>;
 impl Counting {
     pub fn new(vocabulary: usize, context: usize) -> Self {
         let pause = Duration::ZERO;
-        Self { vocabulary, context, gate: None, pause, failing: None, panicking: None, steps: None }
+        let (gate, failing, panicking, steps, memory) = (None, None, None, None, None);
+        Self { vocabulary, context, gate, pause, failing, panicking, steps, memory }
     }
 
     pub fn behind(self, gate: &Gate) -> Self {
@@ -62,6 +67,11 @@ impl Counting {
 
     pub fn slow(self, pause: Duration) -> Self {
         Self { pause, ..self }
+    }
+
+    /// Without memory for a cache of more tokens.
+    pub fn with_memory(self, tokens: usize) -> Self {
+        Self { memory: Some(tokens), ..self }
     }
 
     pub fn failing_at(self, token: u32) -> Self {
@@ -85,8 +95,10 @@ impl CausalLm for Counting {
         self.vocabulary
     }
 
-    fn new_cache(&self, capacity: usize) -> Self::Cache {
-        (Vec::new(), capacity)
+    fn new_cache(&self, capacity: usize) -> Result<Self::Cache> {
+        ensure!(self.memory.is_none_or(|memory| capacity <= memory), "out of memory");
+        assert!(capacity != UNALLOCATABLE, "an allocator that panics");
+        Ok((Vec::new(), capacity))
     }
 
     fn forward_cached(&self, batch: &mut [Continuation<'_, Self::Cache>]) -> Result<Vec<Vec<f32>>> {

@@ -113,8 +113,8 @@ impl CausalLm for Parrot {
         256
     }
 
-    fn new_cache(&self, _capacity: usize) -> usize {
-        0
+    fn new_cache(&self, _capacity: usize) -> Result<usize> {
+        Ok(0)
     }
 
     fn forward_cached(&self, batch: &mut [Continuation<'_, usize>]) -> Result<Vec<Vec<f32>>> {

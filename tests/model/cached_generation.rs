@@ -14,7 +14,7 @@ use super::tolerance::{assert_close, distance};
 use super::twin::Twin;
 
 fn cache(decoder: &Decoder, capacity: i64) -> KvCache {
-    KvCache::new(decoder.config(), capacity, decoder.kind(), decoder.device())
+    KvCache::new(decoder.config(), capacity, decoder.kind(), decoder.device()).unwrap()
 }
 
 #[test]

@@ -127,8 +127,8 @@ impl CausalLm for Scripted {
         VOCABULARY
     }
 
-    fn new_cache(&self, _capacity: usize) -> Vec<u32> {
-        Vec::new()
+    fn new_cache(&self, _capacity: usize) -> Result<Vec<u32>> {
+        Ok(Vec::new())
     }
 
     fn forward_cached(&self, batch: &mut [Continuation<'_, Vec<u32>>]) -> Result<Vec<Vec<f32>>> {
