@@ -7,14 +7,15 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context as _, Result};
 
 /// How the names of unfinished folders begin.
-const INCOMPLETE: &str = ".incomplete-";
+const INCOMPLETE: &str = ".granite-incomplete-";
 /// How the names of folders begin that hold what is being replaced.
-const REPLACED: &str = ".replaced-";
+const REPLACED: &str = ".granite-replaced-";
 
-/// Removes what processes that were killed left unfinished in a folder. No other may be writing there.
+/// Removes what processes that were killed left unfinished in a folder; what a living one writes there stays. A folder
+/// that was taken out of its place and never replaced goes back.
 ///
 /// # Errors
-/// When the folder cannot be read or one cannot be removed.
+/// When the folder cannot be read, or one cannot be removed.
 pub fn sweep(folder: &Path) -> Result<()> {
     let entries =
         fs::read_dir(folder).with_context(|| format!("cannot read folder `{}`", folder.display()))?;
@@ -22,12 +23,67 @@ pub fn sweep(folder: &Path) -> Result<()> {
         let entry = entry?;
         let name = entry.file_name();
         let name = name.to_string_lossy();
-        if name.starts_with(INCOMPLETE) || name.starts_with(REPLACED) {
-            let path = entry.path();
-            fs::remove_dir_all(&path).with_context(|| format!("cannot remove `{}`", path.display()))?;
+        let path = entry.path();
+        if !(name.starts_with(INCOMPLETE) || name.starts_with(REPLACED)) {
+            continue;
+        }
+        let remove = || -> std::io::Result<()> {
+            // Held until it is gone, so that whoever made it this moment makes another.
+            let Some(_claimed) = claimed(&path)? else { return Ok(()) };
+            if name.starts_with(REPLACED) {
+                put_back(&path, folder)?;
+            }
+            fs::remove_dir_all(&path)
+        };
+        match remove() {
+            // Another process swept it away.
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
+            other => other.with_context(|| format!("cannot remove `{}`", path.display()))?,
         }
     }
     Ok(())
+}
+
+/// The folder's lock, which ends with its process; `None` while another process holds it.
+fn claimed(folder: &Path) -> std::io::Result<Option<fs::File>> {
+    let file = fs::File::open(folder)?;
+    match file.try_lock() {
+        Err(fs::TryLockError::WouldBlock) => Ok(None),
+        // A file system without locks: what cannot be told is taken for abandoned.
+        Ok(()) | Err(fs::TryLockError::Error(_)) => Ok(Some(file)),
+    }
+}
+
+/// Puts what lies in `aside` back into `folder`, where nothing stands in its place.
+fn put_back(aside: &Path, folder: &Path) -> std::io::Result<()> {
+    for entry in fs::read_dir(aside)? {
+        let entry = entry?;
+        let place = folder.join(entry.file_name());
+        if !place.exists() {
+            fs::rename(entry.path(), place)?;
+        }
+    }
+    Ok(())
+}
+
+/// A folder of a name of its own in `parent`, locked for as long as the file lives.
+fn temporary(parent: &Path, prefix: &str) -> std::io::Result<(tempfile::TempDir, fs::File)> {
+    loop {
+        let folder = tempfile::Builder::new().prefix(prefix).tempdir_in(parent)?;
+        let alive = fs::File::open(folder.path());
+        // One that was swept away between the two lines is made again.
+        match alive {
+            Ok(alive) => {
+                // Where there are no locks nobody else can tell; it is as safe as it can be.
+                let _ = alive.try_lock();
+                if folder.path().exists() {
+                    return Ok((folder, alive));
+                }
+            }
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
+            Err(error) => return Err(error),
+        }
+    }
 }
 
 /// A folder that is written under a temporary name beside its destination and appears on [`commit`](Staged::commit).
@@ -36,11 +92,13 @@ pub fn sweep(folder: &Path) -> Result<()> {
 #[derive(Debug)]
 pub struct Staged {
     temporary: tempfile::TempDir,
+    /// Locked: who [sweeps](sweep) leaves it alone while this process lives.
+    _alive: fs::File,
     destination: PathBuf,
 }
 
 impl Staged {
-    /// Begins a folder that will become `destination`.
+    /// Begins a folder that will become `destination`. What killed processes left beside it is removed.
     ///
     /// # Errors
     /// When the parent folder cannot be made or written.
@@ -48,11 +106,11 @@ impl Staged {
         let parent = parent_of(destination);
         fs::create_dir_all(&parent)
             .with_context(|| format!("cannot create folder `{}`", parent.display()))?;
-        let temporary = tempfile::Builder::new()
-            .prefix(INCOMPLETE)
-            .tempdir_in(&parent)
+        // What cannot be tidied up is in nobody's way.
+        let _ = sweep(&parent);
+        let (temporary, alive) = temporary(&parent, INCOMPLETE)
             .with_context(|| format!("cannot write in folder `{}`", parent.display()))?;
-        Ok(Self { temporary, destination: destination.to_path_buf() })
+        Ok(Self { temporary, _alive: alive, destination: destination.to_path_buf() })
     }
 
     /// Where to write the files meanwhile.
@@ -67,23 +125,45 @@ impl Staged {
     pub fn commit(self) -> Result<()> {
         sync_tree(self.temporary.path())?;
         let parent = parent_of(&self.destination);
-        let old = tempfile::Builder::new().prefix(REPLACED).tempdir_in(&parent)?;
-        let had_old = self.destination.exists();
-        let aside = old.path().join("old");
-        if had_old {
-            fs::rename(&self.destination, &aside)
-                .with_context(|| format!("cannot replace `{}`", self.destination.display()))?;
-        }
-        let temporary = self.temporary.keep();
-        if let Err(error) = fs::rename(&temporary, &self.destination) {
-            if had_old {
-                fs::rename(&aside, &self.destination)?;
+        let in_place = || format!("cannot write `{}`", self.destination.display());
+        if !self.destination.exists() {
+            let temporary = self.temporary.keep();
+            if let Err(error) = fs::rename(&temporary, &self.destination) {
+                fs::remove_dir_all(&temporary).ok();
+                return Err(error).with_context(in_place);
             }
-            fs::remove_dir_all(&temporary).ok();
-            return Err(error).with_context(|| format!("cannot write `{}`", self.destination.display()));
+        } else if exchange(self.temporary.path(), &self.destination).is_err() {
+            replace(self.temporary, &self.destination, &parent).with_context(in_place)?;
         }
+        // After an exchange the predecessor has the temporary name, and goes with it.
         sync_folder(&parent)
     }
+}
+
+/// Two folders change places at once: there is no moment without either. Not every file system can.
+#[cfg(target_os = "linux")]
+fn exchange(one: &Path, other: &Path) -> std::io::Result<()> {
+    use rustix::fs::{CWD, RenameFlags, renameat_with};
+    Ok(renameat_with(CWD, one, CWD, other, RenameFlags::EXCHANGE)?)
+}
+
+#[cfg(not(target_os = "linux"))]
+fn exchange(_one: &Path, _other: &Path) -> std::io::Result<()> {
+    Err(std::io::ErrorKind::Unsupported.into())
+}
+
+/// Replaces a folder in two steps. When the process dies between them, [`sweep`] puts the old one back.
+fn replace(temporary: tempfile::TempDir, destination: &Path, parent: &Path) -> std::io::Result<()> {
+    let (old, _alive) = self::temporary(parent, REPLACED)?;
+    let aside = old.path().join(destination.file_name().unwrap_or_default());
+    fs::rename(destination, &aside)?;
+    let temporary = temporary.keep();
+    if let Err(error) = fs::rename(&temporary, destination) {
+        fs::rename(&aside, destination)?;
+        fs::remove_dir_all(&temporary).ok();
+        return Err(error);
+    }
+    Ok(())
 }
 
 /// Writes a file whole or not at all.
@@ -163,16 +243,58 @@ mod tests {
         assert_eq!(fs::read_dir(root.path()).unwrap().count(), 1, "the predecessor is gone");
     }
 
+    fn names(folder: &Path) -> Vec<String> {
+        let name = |entry: std::io::Result<fs::DirEntry>| entry.unwrap().file_name().into_string().unwrap();
+        let mut names: Vec<String> = fs::read_dir(folder).unwrap().map(name).collect();
+        names.sort();
+        names
+    }
+
     #[test]
     fn what_a_killed_process_left_is_swept_away() {
         let root = tempfile::tempdir().unwrap();
-        for name in [".incomplete-a1", ".replaced-b2", "step-000002"] {
+        for name in [format!("{INCOMPLETE}a1"), format!("{REPLACED}b2"), "step-000002".to_string()] {
             fs::create_dir_all(root.path().join(name).join("inside")).unwrap();
         }
+        fs::create_dir(root.path().join("inside")).unwrap();
         sweep(root.path()).unwrap();
-        let left: Vec<_> =
-            fs::read_dir(root.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
-        assert_eq!(left, ["step-000002"]);
+        assert_eq!(names(root.path()), ["inside", "step-000002"]);
+        fs::create_dir_all(root.path().join(format!("{INCOMPLETE}c3"))).unwrap();
+        drop(Staged::folder(&root.path().join("next")).unwrap());
+        assert_eq!(names(root.path()), ["inside", "step-000002"], "whoever writes there next sweeps too");
+    }
+
+    #[test]
+    fn what_a_living_process_writes_stays() {
+        let root = tempfile::tempdir().unwrap();
+        let staged = Staged::folder(&root.path().join("merged")).unwrap();
+        fs::write(staged.path().join("a"), "1").unwrap();
+        sweep(root.path()).unwrap();
+        drop(Staged::folder(&root.path().join("step-000002")).unwrap());
+        staged.commit().unwrap();
+        assert_eq!(names(&root.path().join("merged")), ["a"]);
+    }
+
+    #[test]
+    fn a_folder_that_was_taken_out_and_not_replaced_goes_back() {
+        let root = tempfile::tempdir().unwrap();
+        let aside = root.path().join(format!("{REPLACED}x/merged"));
+        fs::create_dir_all(aside.join("weights")).unwrap();
+        fs::create_dir_all(root.path().join(format!("{INCOMPLETE}y"))).unwrap();
+        sweep(root.path()).unwrap();
+        assert_eq!(names(root.path()), ["merged"]);
+        assert_eq!(names(&root.path().join("merged")), ["weights"]);
+    }
+
+    #[test]
+    fn a_folder_is_replaced_in_two_steps_where_it_must_be() {
+        let root = tempfile::tempdir().unwrap();
+        let destination = root.path().join("run");
+        fs::create_dir_all(destination.join("old")).unwrap();
+        let (new, _alive) = temporary(root.path(), INCOMPLETE).unwrap();
+        fs::create_dir(new.path().join("new")).unwrap();
+        replace(new, &destination, root.path()).unwrap();
+        assert_eq!((names(root.path()), names(&destination)), (vec!["run".into()], vec!["new".into()]));
     }
 
     #[test]

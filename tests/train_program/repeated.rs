@@ -40,8 +40,8 @@ fn steps_stand_in_the_metrics_once_after_a_crash_between_checkpoints() {
     bench.ok("train", &["--out", "cut", "--set", "train.save_every=2"]);
     // As a power cut within the last save leaves it: metrics up to step 6, half a line, half a checkpoint.
     let cut = bench.path("cut");
-    std::fs::rename(cut.join("step-000006"), cut.join(".incomplete-x1")).unwrap();
-    std::fs::remove_file(cut.join(".incomplete-x1/state.json")).unwrap();
+    std::fs::rename(cut.join("step-000006"), cut.join(".granite-incomplete-x1")).unwrap();
+    std::fs::remove_file(cut.join(".granite-incomplete-x1/state.json")).unwrap();
     let mut metrics = std::fs::read(cut.join("metrics.jsonl")).unwrap();
     metrics.extend(b"{\"event\":\"st");
     std::fs::write(cut.join("metrics.jsonl"), metrics).unwrap();
