@@ -9,7 +9,7 @@ use tch::Device;
 use super::base::BaseModel;
 use super::{adapter, nf4_cache};
 use crate::error::user_error;
-use crate::model::decoder::{Decoder, LoadOptions};
+use crate::model::decoder::{Decoder, LoadOptions, Precision};
 use crate::recipe::{Quantization, Recipe};
 
 /// The folder of a run that `granite merge` writes.
@@ -59,15 +59,32 @@ pub struct OpenModel {
 /// # Errors
 /// When there is no such model, or one of its files is missing or damaged.
 pub fn open(recipe: &Recipe, which: &ModelChoice, run_folder: &Path, device: Device) -> Result<OpenModel> {
+    open_in(recipe, which, run_folder, Place { device, precision: Precision::Native })
+}
+
+/// Where a model is held, and what it computes in.
+#[derive(Debug, Clone, Copy)]
+pub struct Place {
+    /// Where.
+    pub device: Device,
+    /// What it computes in.
+    pub precision: Precision,
+}
+
+/// As [`open`], in a precision of one's own.
+///
+/// # Errors
+/// As [`open`].
+pub fn open_in(recipe: &Recipe, which: &ModelChoice, run_folder: &Path, place: Place) -> Result<OpenModel> {
     match which {
-        ModelChoice::Base => open_base(recipe, device),
-        ModelChoice::Adapter(None) => open_adapter(recipe, &newest_checkpoint(run_folder)?, device),
-        ModelChoice::Adapter(Some(folder)) => open_adapter(recipe, folder, device),
-        ModelChoice::Merged => open_merged(run_folder, device),
+        ModelChoice::Base => open_base(recipe, place),
+        ModelChoice::Adapter(None) => open_adapter(recipe, &newest_checkpoint(run_folder)?, place),
+        ModelChoice::Adapter(Some(folder)) => open_adapter(recipe, folder, place),
+        ModelChoice::Merged => open_merged(run_folder, place),
         ModelChoice::Folder(folder) if folder.join(adapter::CONFIG_FILE).exists() => {
-            open_adapter(recipe, folder, device)
+            open_adapter(recipe, folder, place)
         }
-        ModelChoice::Folder(folder) => open_stored(folder, folder.display().to_string(), device),
+        ModelChoice::Folder(folder) => open_stored(folder, folder.display().to_string(), place),
     }
 }
 
@@ -96,22 +113,22 @@ fn step_of(folder: &Path) -> Option<u64> {
     folder.join(adapter::CONFIG_FILE).exists().then_some(step)
 }
 
-fn open_base(recipe: &Recipe, device: Device) -> Result<OpenModel> {
+fn open_base(recipe: &Recipe, place: Place) -> Result<OpenModel> {
     let base = BaseModel::open(&recipe.model.base)?.with_nf4_cache(Path::new(nf4_cache::DEFAULT_FOLDER));
-    load(base, recipe.model.quantization, "base".to_string(), device)
+    load(base, recipe.model.quantization, "base".to_string(), place)
 }
 
-fn open_adapter(recipe: &Recipe, folder: &Path, device: Device) -> Result<OpenModel> {
+fn open_adapter(recipe: &Recipe, folder: &Path, place: Place) -> Result<OpenModel> {
     // First: a damaged adapter is told before minutes are spent on the base model.
     let adapter = adapter::load(folder)?;
-    let mut model = open_base(recipe, device)?;
+    let mut model = open_base(recipe, place)?;
     adapter.apply(&mut model.decoder)?;
     let step = folder.file_name().unwrap_or(folder.as_os_str());
     model.label = format!("adapter {}", step.display());
     Ok(model)
 }
 
-fn open_merged(run_folder: &Path, device: Device) -> Result<OpenModel> {
+fn open_merged(run_folder: &Path, place: Place) -> Result<OpenModel> {
     let folder = run_folder.join(MERGED);
     if !folder.is_dir() {
         return Err(user_error(
@@ -119,18 +136,20 @@ fn open_merged(run_folder: &Path, device: Device) -> Result<OpenModel> {
             "run `granite merge` first",
         ));
     }
-    open_stored(&folder, MERGED.to_string(), device)
+    open_stored(&folder, MERGED.to_string(), place)
 }
 
-fn open_stored(folder: &Path, label: String, device: Device) -> Result<OpenModel> {
+fn open_stored(folder: &Path, label: String, place: Place) -> Result<OpenModel> {
     let reference = folder.to_str().with_context(|| format!("path `{}` is not UTF-8", folder.display()))?;
     let base = BaseModel::open(reference)?;
     let stored = base.stored;
-    load(base, stored, label, device)
+    load(base, stored, label, place)
 }
 
-fn load(base: BaseModel, quantization: Quantization, label: String, device: Device) -> Result<OpenModel> {
-    let decoder = Decoder::load(base.tensors.as_ref(), &base.config, &LoadOptions { quantization, device })
+fn load(base: BaseModel, quantization: Quantization, label: String, place: Place) -> Result<OpenModel> {
+    let Place { device, precision } = place;
+    let options = LoadOptions { quantization, device, precision };
+    let decoder = Decoder::load(base.tensors.as_ref(), &base.config, &options)
         .with_context(|| format!("cannot load model `{}`", base.path.display()))?;
     Ok(OpenModel { decoder, base, label })
 }

@@ -95,6 +95,14 @@ impl ModelConfig {
         }
     }
 
+    /// Elements of all tensors of a checkpoint.
+    pub fn parameters(&self) -> i64 {
+        let tables = if self.tie_word_embeddings { 1 } else { 2 };
+        let projection = |one: &Projection| self.projection_shape(*one).iter().product::<i64>();
+        let layer = Projection::ALL.iter().map(projection).sum::<i64>() + 2 * self.hidden_size;
+        tables * self.vocab_size * self.hidden_size + self.num_hidden_layers as i64 * layer + self.hidden_size
+    }
+
     /// Names of all tensors of a checkpoint.
     pub fn tensor_names(&self) -> Vec<String> {
         let mut names = vec!["model.embed_tokens.weight".to_string(), "model.norm.weight".to_string()];

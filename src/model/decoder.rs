@@ -29,6 +29,31 @@ pub struct LoadOptions {
     pub quantization: Quantization,
     /// Where.
     pub device: Device,
+    /// What to compute in.
+    pub precision: Precision,
+}
+
+impl LoadOptions {
+    /// To compute in the device's own precision.
+    pub fn new(quantization: Quantization, device: Device) -> Self {
+        Self { quantization, device, precision: Precision::Native }
+    }
+}
+
+/// What a decoder computes in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Precision {
+    /// f32 on the CPU, bf16 on a GPU.
+    Native,
+    /// f32 on either: slow on a GPU, and four bytes a weight that is not in NF4.
+    Full,
+}
+
+impl Precision {
+    /// The dtype of activations, and of weights that are not in NF4.
+    fn kind(self, device: Device) -> Kind {
+        if self == Self::Native && device.is_cuda() { Kind::BFloat16 } else { Kind::Float }
+    }
 }
 
 /// The loss of a batch, summed: divide by `supervised` for the mean.
@@ -77,6 +102,8 @@ impl GradOptions {
 pub struct Decoder {
     config: ModelConfig,
     device: Device,
+    /// Of activations.
+    kind: Kind,
     /// `[vocab, hidden]`.
     embed_tokens: Tensor,
     layers: Vec<DecoderLayer>,
@@ -130,13 +157,15 @@ impl Decoder {
     /// # Errors
     /// When a tensor is missing, unknown or has another shape than the configuration says.
     pub fn load(source: &dyn TensorSource, config: &ModelConfig, options: &LoadOptions) -> Result<Self> {
-        let LoadOptions { quantization, device } = *options;
-        let loader = Loader { source, config, quantization, device, kind: kind_on(device) };
+        let LoadOptions { quantization, device, precision } = *options;
+        let kind = precision.kind(device);
+        let loader = Loader { source, config, quantization, device, kind };
         let Weights { embed_tokens, layers, norm, lm_head } = loader.load()?;
         let config = config.clone();
         Ok(Self {
             config,
             device,
+            kind,
             embed_tokens,
             layers,
             norm,
@@ -157,9 +186,9 @@ impl Decoder {
         self.device
     }
 
-    /// The dtype of activations: f32 on the CPU, bf16 on a GPU.
+    /// The dtype of activations.
     pub fn kind(&self) -> Kind {
-        kind_on(self.device)
+        self.kind
     }
 
     /// Adds an adapter: `lora_A` Kaiming-uniform from `seed` as in PEFT, `lora_B` zero.
@@ -234,9 +263,10 @@ impl Decoder {
     /// kernels. Meant for a GPU; on the CPU it is for tests.
     ///
     /// # Errors
-    /// When no adapter is attached, or the memory does not suffice.
+    /// When no adapter is attached, the decoder computes in f32 on a GPU, or the memory does not suffice.
     pub fn prepare(&mut self, limits: Limits, layout: impl Into<MemoryLayout>) -> Result<()> {
-        let (kind, device, layout) = (self.kind(), self.device, layout.into());
+        let (kind, device, layout) = (self.kind, self.device, layout.into());
+        ensure!(!device.is_cuda() || kind == Kind::BFloat16, "kernels for training compute in bf16");
         let adapters = self.adapters.as_mut().context("no adapter is attached: there is nothing to train")?;
         if layout.recompute.offloads_adapter() && device.is_cuda() {
             adapters.move_to_host(kind)?;
@@ -246,6 +276,10 @@ impl Decoder {
         }
         for adapter in self.layers.iter_mut().flat_map(DecoderLayer::adapters_mut) {
             adapter.take_copies(&adapters.params, &adapters.copies);
+        }
+        if adapters.params.rounded().is_some() {
+            // What the adapter took on the GPU goes back whole: later buffers would not fit into it.
+            bridge::empty_cache()?;
         }
         let sizes = Sizes::new(&self.config, &adapters.spec, limits, layout);
         let adapter = (adapters.params.slots(), &adapters.copies);
@@ -483,10 +517,6 @@ impl Decoder {
     fn projection_mut(&mut self, layer: usize, projection: Projection) -> &mut LoraLinear {
         self.layers[layer].projection_mut(projection)
     }
-}
-
-fn kind_on(device: Device) -> Kind {
-    if device.is_cuda() { Kind::BFloat16 } else { Kind::Float }
 }
 
 /// PEFT's initial `lora_A`: Kaiming-uniform with slope √5, which is uniform within `1 / sqrt(in)`.

@@ -84,7 +84,7 @@ pub fn run(mut plan: Plan, options: &RunOptions) -> Result<Summary> {
     plan.base = plan.base.with_nf4_cache(std::path::Path::new(nf4_cache::DEFAULT_FOLDER));
     // Too little memory is told before anything is loaded.
     let layout = memory::choose(&plan, options.device, options.gpu_memory)?;
-    let load = LoadOptions { quantization: plan.recipe.model.quantization, device: options.device };
+    let load = LoadOptions::new(plan.recipe.model.quantization, options.device);
     let mut decoder = Decoder::load(plan.base.tensors.as_ref(), &plan.base.config, &load)
         .with_context(|| format!("cannot load model `{}`", plan.base.path.display()))?;
     decoder.attach_lora(&plan.recipe.lora, plan.recipe.train.seed)?;

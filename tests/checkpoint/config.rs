@@ -130,3 +130,9 @@ fn what_the_decoder_does_not_compute_is_refused() {
     }
     assert!(read(&json!([])).is_err());
 }
+
+#[test]
+fn parameters_are_the_elements_of_all_tensors() {
+    // As its model card counts them.
+    assert_eq!(ModelConfig::granite_8b().unwrap().parameters(), 8_170_848_256);
+}

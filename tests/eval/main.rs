@@ -28,6 +28,5 @@ fn open(folder: &Path) -> BaseModel {
 }
 
 fn load(base: &BaseModel, quantization: Quantization) -> Decoder {
-    Decoder::load(base.tensors.as_ref(), &base.config, &LoadOptions { quantization, device: Device::Cpu })
-        .unwrap()
+    Decoder::load(base.tensors.as_ref(), &base.config, &LoadOptions::new(quantization, Device::Cpu)).unwrap()
 }

@@ -215,11 +215,7 @@ fn a_damaged_four_bit_folder_is_an_error_that_names_the_weight() {
         std::fs::write(&path, &bytes).unwrap();
         let reference = folder.path().to_str().unwrap();
         let failed = BaseModel::open(reference).and_then(|base| {
-            Decoder::load(
-                base.tensors.as_ref(),
-                &base.config,
-                &LoadOptions { quantization: base.stored, device: Device::Cpu },
-            )
+            Decoder::load(base.tensors.as_ref(), &base.config, &LoadOptions::new(base.stored, Device::Cpu))
         });
         let text = format!("{:#}", failed.unwrap_err());
         assert!(text.contains("_proj.weight"), "{text}");

@@ -77,7 +77,7 @@ impl Fixture {
 
     /// The decoder without an adapter.
     pub fn decoder(&self, quantization: Quantization) -> Decoder {
-        let options = LoadOptions { quantization, device: Device::Cpu };
+        let options = LoadOptions::new(quantization, Device::Cpu);
         Decoder::load(&Source::new(&self.weights), &self.config, &options).unwrap()
     }
 

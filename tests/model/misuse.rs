@@ -11,7 +11,7 @@ use super::fixture::{self, Fixture, Named, Source};
 fn load_error(fixture: &Fixture, change: impl FnOnce(&mut Named)) -> String {
     let mut weights = fixture::shallow(&fixture.weights);
     change(&mut weights);
-    let options = LoadOptions { quantization: Quantization::None, device: Device::Cpu };
+    let options = LoadOptions::new(Quantization::None, Device::Cpu);
     format!("{:#}", Decoder::load(&Source::new(&weights), &fixture.config, &options).unwrap_err())
 }
 
@@ -52,7 +52,7 @@ fn tokens_beyond_the_vocabulary() {
     let options = GradOptions { scale: 1.0, seed: 1, microbatch: 1, noise: 0.0 };
     let mut grads = decoder.adapters().unwrap().zeros_like();
     assert!(decoder.loss_and_grad(&batch, &options, &mut grads).is_err());
-    let mut cache = KvCache::new(decoder.config(), 8, decoder.kind(), Device::Cpu);
+    let mut cache = KvCache::new(decoder.config(), 8, decoder.kind(), Device::Cpu).unwrap();
     assert!(decoder.forward_cached(&beyond.input_ids, &mut cache).is_err());
 }
 
@@ -69,7 +69,7 @@ fn a_sequence_beyond_the_last_position() {
 fn a_cache_that_is_full() {
     let [granite, _] = fixture::all();
     let decoder = granite.decoder(Quantization::None);
-    let mut cache = KvCache::new(decoder.config(), 4, decoder.kind(), Device::Cpu);
+    let mut cache = KvCache::new(decoder.config(), 4, decoder.kind(), Device::Cpu).unwrap();
     assert!(decoder.forward_cached(&[1, 2, 3, 4, 5], &mut cache).is_err());
     let _ = decoder.forward_cached(&[1, 2, 3, 4], &mut cache).unwrap();
     assert!(decoder.forward_cached(&[5], &mut cache).is_err());

@@ -17,7 +17,7 @@ use super::tolerance::{assert_close, assert_same};
 
 fn open(base: &str, quantization: Quantization) -> Decoder {
     let base = BaseModel::open(base).unwrap();
-    let options = LoadOptions { quantization, device: Device::Cpu };
+    let options = LoadOptions::new(quantization, Device::Cpu);
     Decoder::load(&*base.tensors, &base.config, &options).unwrap()
 }
 

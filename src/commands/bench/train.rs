@@ -104,7 +104,7 @@ impl Bench {
     ) -> Result<Self> {
         tch::manual_seed(3);
         let source = RandomWeights::new(config, device);
-        let load = LoadOptions { quantization: Quantization::Nf4, device };
+        let load = LoadOptions::new(Quantization::Nf4, device);
         let mut decoder = Decoder::load(&source, config, &load)?;
         decoder.attach_lora(lora, 3)?;
         decoder.prepare(limits(args, &batches), layout(args))?;

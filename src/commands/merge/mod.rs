@@ -15,17 +15,22 @@ use crate::checkpoint::base::BaseModel;
 use crate::checkpoint::form::Form;
 use crate::checkpoint::merge::{self, MergeOptions, Merged};
 use crate::checkpoint::nf4_cache;
-use crate::checkpoint::open::{self, MERGED, ModelChoice};
+use crate::checkpoint::open::{self, MERGED, ModelChoice, Place};
 use crate::checkpoint::run::RunFolder;
 use crate::cli::{MergeArgs, MergeBase, MergeDtype};
 use crate::data::store::{Dataset, PackedRow, Split};
 use crate::data::tokenizer::ChatTokenizer;
 use crate::error::user_error;
 use crate::kernels::device;
+use crate::kernels::gpu::Gpu;
 use crate::losses::divergence::Reference;
+use crate::model::decoder::Precision;
 use crate::output::Staged;
 use crate::progress::note;
 use crate::recipe::{Quantization, Recipe};
+
+/// GPU memory that a comparison in f32 takes beside the weights: attention's scores and logits, some at a time.
+const ROOM: i64 = 4 << 30;
 
 /// A form that is written but not in its place yet.
 struct Written {
@@ -140,7 +145,8 @@ impl Merge<'_> {
     /// Measures base and adapter as they were trained, then each form as it lies on disk, one in memory at a time.
     fn measure(&self, written: &[Written], rows: &[PackedRow]) -> Result<Option<Measured>> {
         let choice = ModelChoice::Adapter(Some(self.adapter.folder.clone()));
-        let mut decoder = open::open(self.recipe, &choice, Path::new(""), self.device)?.decoder;
+        let place = Place { device: self.device, precision: self.precision()? };
+        let mut decoder = open::open_in(self.recipe, &choice, Path::new(""), place)?.decoder;
         let computed_in = if decoder.kind() == Kind::Float { "f32" } else { "bf16" };
         let reference = Reference::take(&decoder, rows)?;
         let adapted = reference.compare(&decoder, rows)?;
@@ -153,13 +159,21 @@ impl Merge<'_> {
         let mut models = vec![Model::new("base", plain, seed), Model::new(REFERENCE, adapted, seed)];
         for Written { form, staged, .. } in written {
             let choice = ModelChoice::Folder(staged.path().to_path_buf());
-            let decoder = open::open(self.recipe, &choice, Path::new(""), self.device)
+            let decoder = open::open_in(self.recipe, &choice, Path::new(""), place)
                 .with_context(|| format!("the model merged to {} cannot be opened again", form.name()))?
                 .decoder;
             models
                 .extend(reference.compare(&decoder, rows)?.map(|found| Model::new(form.name(), found, seed)));
         }
         Ok(Some(Measured { rows: rows.len(), computed_in, models }))
+    }
+
+    /// In f32 wherever a whole model fits in it: in bf16 what is stored in f32 would be rounded before it is compared.
+    fn precision(&self) -> Result<Precision> {
+        let Device::Cuda(index) = self.device else { return Ok(Precision::Native) };
+        let needed = self.base.config.parameters().saturating_mul(4).saturating_add(ROOM);
+        let free = i64::try_from(Gpu::at(index)?.memory()?.0).unwrap_or(i64::MAX);
+        Ok(if needed <= free { Precision::Full } else { Precision::Native })
     }
 
     fn report(&self, written: &[Written], measured: Option<Measured>, limits: Limits) -> MergeReport {

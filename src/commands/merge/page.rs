@@ -55,7 +55,7 @@ fn facts(report: &MergeReport) -> String {
 
 /// What divergences hold that are not of the forms.
 const IN_BF16: &str = " Weights of every form were rounded to bf16 before they were used, as activations were: fp32 is here \
-                       what bf16 is. With <code>--device cpu</code> all is computed in f32.";
+                       what bf16 is. On a GPU with room for four bytes a weight, and with <code>--device cpu</code>, all is computed in f32.";
 
 fn comparison(measured: &Measured) -> String {
     let tokens = measured.models.first().map_or(0, |model| model.divergence.tokens);

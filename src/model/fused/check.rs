@@ -145,7 +145,7 @@ impl Trained {
         device: Device,
         fused: Option<MemoryLayout>,
     ) -> Result<Self> {
-        let load = LoadOptions { quantization: Quantization::Nf4, device };
+        let load = LoadOptions::new(Quantization::Nf4, device);
         let mut decoder = Decoder::load(weights, config, &load)?;
         decoder.attach_lora(&case.lora, 5)?;
         let params = decoder.adapters().context("no adapter")?;
