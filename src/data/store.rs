@@ -87,6 +87,11 @@ impl PackedRow {
     pub fn tokens(&self) -> usize {
         self.sequences.iter().map(|sequence| sequence.input_ids.len()).sum()
     }
+
+    /// Whether a token of it has something to predict it from, and is supervised.
+    pub fn is_supervised(&self) -> bool {
+        self.sequences.iter().any(|sequence| sequence.loss_mask.iter().skip(1).any(|is_on| *is_on))
+    }
 }
 
 /// Where an example came from: one row of `examples.parquet`.

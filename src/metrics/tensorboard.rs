@@ -41,7 +41,10 @@ impl EventFile {
     /// # Errors
     /// When it cannot be written.
     pub fn after(folder: &Path, step: u64) -> Result<Self> {
-        fs::create_dir_all(folder).with_context(|| format!("cannot create folder `{}`", folder.display()))?;
+        let in_folder = || format!("cannot use folder `{}`", folder.display());
+        fs::create_dir_all(folder).with_context(in_folder)?;
+        // A run that began again from nothing takes back all of them.
+        let takes_back = step > 0 || fs::read_dir(folder).with_context(in_folder)?.next().is_some();
         // Readers take files in the order of their names, and only those with this beginning.
         let stamp = now() as u64;
         let mut number = 0;
@@ -57,7 +60,7 @@ impl EventFile {
         };
         let mut events = Self { path, file };
         events.write(&message(0, |to| bytes(to, FILE_VERSION, b"brain.Event:2")))?;
-        if step > 0 {
+        if takes_back {
             events.write(&message(step + 1, |to| bytes(to, SESSION_LOG, &SESSION_START)))?;
         }
         Ok(events)
@@ -197,5 +200,8 @@ mod tests {
         assert!(second.path > first.path);
         let written = messages(&second.path);
         assert_eq!(written[1][9..], [STEP, 0xc9, 0x01, SESSION_LOG, 2, 8, 1]);
+        // Begun again before its first checkpoint.
+        let third = EventFile::after(folder.path(), 0).unwrap();
+        assert_eq!(messages(&third.path)[1][9..], [STEP, 1, SESSION_LOG, 2, 8, 1]);
     }
 }

@@ -69,16 +69,23 @@ impl Needs<'_> {
 
     /// The smallest change to the recipe with which the training fits, found by planning it.
     fn way_out(&self, free: i64) -> String {
-        let TrainSpec { rows_per_microbatch: rows, accumulation, recompute, .. } = self.recipe.train;
+        let TrainSpec { rows_per_microbatch: rows, accumulation, recompute, resident_weights, .. } =
+            self.recipe.train;
         let lora = &self.recipe.lora;
         let fits =
             |lora: &LoraSpec, rows| MemoryLayout::all().any(|layout| self.bytes(lora, rows, layout) <= free);
         if fits(lora, rows) {
-            let asked = match recompute.fixed() {
-                Some(_) => "train.recompute = \"auto\"",
-                None => "train.resident_weights = false",
+            let (auto, dequantised) = ("`train.recompute = \"auto\"`", "`train.resident_weights = false`");
+            let with_auto = |layout: &MemoryLayout| {
+                resident_weights.is_none_or(|resident| resident == layout.resident_weights)
+                    && self.bytes(lora, rows, *layout) <= free
             };
-            return format!("set `{asked}`: with less kept it fits");
+            let asked = match recompute.fixed() {
+                Some(_) if MemoryLayout::all().any(|layout| with_auto(&layout)) => auto.to_string(),
+                Some(_) => format!("{auto} and {dequantised}"),
+                None => dequantised.to_string(),
+            };
+            return format!("set {asked}: with less kept it fits");
         }
         // The rows of a step stay the same.
         let fewer = (1..rows).rev().find(|fewer| rows * accumulation % fewer == 0 && fits(lora, *fewer));
@@ -219,6 +226,8 @@ mod tests {
             text.contains("24576 MiB are free") && text.contains("`train.recompute = \"auto\"`"),
             "{text}"
         );
+        let text = told(&["train.recompute=none", "train.resident_weights=true"], 12 * GIB);
+        assert!(text.contains("`train.recompute = \"auto\"` and `train.resident_weights = false`"), "{text}");
         let text = told(&["train.resident_weights=true"], 10 * GIB);
         assert!(text.contains("`train.resident_weights = false`"), "{text}");
     }

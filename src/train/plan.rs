@@ -94,6 +94,13 @@ impl Plan {
                 "run `granite prepare` with more examples or a smaller `data.validation_fraction`",
             ));
         }
+        if recipe.train.keeps_best() && !validation.iter().any(PackedRow::is_supervised) {
+            let text = format!(
+                "`train.keep_best` and `train.early_stopping_patience` go by held-out rows, and dataset `{}` has none",
+                dataset.folder.display()
+            );
+            return Err(user_error(text, "run `granite prepare` with a larger `data.validation_fraction`"));
+        }
         let order = RowOrder::new(train.len(), &recipe.train);
         let by_epochs = (recipe.train.epochs * order.steps_per_epoch() as f64).ceil() as u64;
         let steps = recipe.train.max_steps.unwrap_or(by_epochs).max(1);

@@ -10,7 +10,7 @@ use serde_json::{Map, Value, json};
 
 use crate::data::example::{Message, Role};
 use crate::data::reader::read_records;
-use crate::data::source::convfinqa;
+use crate::data::source::{Reason, convfinqa};
 use crate::eval::finance_program::{self, Outcome};
 use crate::eval::number;
 use crate::eval::task::{Judgement, Prompt, Question, Task, spread};
@@ -76,6 +76,8 @@ impl Finance {
             let id = record.get("id").and_then(Value::as_str).unwrap_or_default().to_string();
             match convfinqa::conversation(number, record, spec.target)? {
                 Ok(example) => turns.extend(turns_of(&id, &example.messages, &table)?),
+                // A later record holds the whole conversation.
+                Err(Reason::EarlierTurn) => {}
                 Err(_) => unusable += 1,
             }
             Ok(())
