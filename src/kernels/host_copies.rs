@@ -28,7 +28,10 @@ unsafe impl Sync for Stream {}
 
 impl Drop for Stream {
     fn drop(&mut self) {
-        // SAFETY: created by us, not used after this; the driver finishes what is queued.
+        // Copies that nobody waited for, after an error, must not write into memory that is given away next.
+        // SAFETY: created by us and live.
+        let _ = unsafe { result::stream::synchronize(self.0) };
+        // SAFETY: created by us, not used after this.
         let _ = unsafe { result::stream::destroy(self.0) };
     }
 }
@@ -113,8 +116,8 @@ impl HostCopies {
         Event::record(COMPUTATION)?.hold_back(*stream)?;
         let bytes = from.numel() * from.kind().elt_size_in_bytes();
         let (source, target) = (from.data_ptr() as sys::CUdeviceptr, to.data_ptr() as sys::CUdeviceptr);
-        // SAFETY: both are contiguous and of `bytes` bytes. The host's is pinned and outlives the copy, because its owner
-        // waits for it; the GPU's belongs to a workspace that lives as long.
+        // SAFETY: both are contiguous and of `bytes` bytes, and the host's is pinned. Both outlive the copy: their owner waits
+        // for it, or drops this stream before them, which waits.
         unsafe { sys::cuMemcpyAsync(target, source, bytes, *stream) }.result().map_err(failed)?;
         Ok(Copying(Some(Event::record(*stream)?)))
     }

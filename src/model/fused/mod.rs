@@ -38,13 +38,13 @@ use crate::kernels::stopwatch::Stopwatch;
 #[derive(Debug)]
 pub struct Fused {
     sizes: Sizes,
-    workspace: Workspace,
-    /// Weights that stay laid out.
-    resident: Option<Resident>,
-    /// Where streams are kept on the host.
+    /// Where streams are kept on the host; dropped before the memory that its copies go to.
     offload: Option<Offload>,
     /// Where the adapter is kept on the host.
     host_adapter: Option<HostAdapter>,
+    workspace: Workspace,
+    /// Weights that stay laid out.
+    resident: Option<Resident>,
     gemm: Gemm,
     /// Times the parts of a pass when started.
     pub clock: Stopwatch,

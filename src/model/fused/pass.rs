@@ -111,7 +111,8 @@ impl Fused {
     /// Where the adapter lies on the host: waits for a layer's part, and begins to fetch the one that is needed `next`.
     fn bring_adapter(&self, index: usize, next: usize, pass: &Pass<'_>) -> Result<()> {
         match &self.host_adapter {
-            Some(host) if pass.adapted => {
+            // Resident weights hold it already.
+            Some(host) if pass.adapted && self.resident.is_none() => {
                 host.bring(index)?;
                 host.fetch(next)
             }
