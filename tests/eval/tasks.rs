@@ -101,6 +101,40 @@ fn word_problems_are_judged_by_their_number() {
     assert_eq!(right(&mut task, 1, |_| "I do not know.".to_string()), (0, 1319));
 }
 
+/// A file of turns says every turn again that a later one continues: the conversations are the same, and none is lost.
+#[test]
+fn earlier_turns_of_a_file_of_turns_are_no_conversations_left_out() {
+    let Some(path) = real("dumps/convfinqa/train.json") else { return };
+    let records: Vec<Value> = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
+    let of_turns = |record: &Value| -> Vec<Value> {
+        let annotation = &record["annotation"];
+        let asked = annotation["dialogue_break"].as_array().unwrap();
+        let turn = |at: usize| {
+            let mut turn = record.clone();
+            turn["id"] = json!(format!("{}_{at}", record["id"].as_str().unwrap()));
+            turn["annotation"]["cur_dial"] = json!(asked[..=at]);
+            turn["annotation"]["cur_program"] = annotation["turn_program"][at].clone();
+            turn["annotation"]["exe_ans"] = annotation["exe_ans_list"][at].clone();
+            turn["annotation"]["turn_ind"] = json!(at);
+            turn
+        };
+        (0..asked.len()).map(turn).collect()
+    };
+    let folder = tempfile::tempdir().unwrap();
+    let turns = folder.path().join("train_turn.json");
+    let all: Vec<Value> = records.iter().flat_map(of_turns).collect();
+    assert_eq!(all.len(), 183);
+    std::fs::write(&turns, json!(all).to_string()).unwrap();
+    let task = |path: &Path| Finance::conversations(&finance(path, ConvFinQaTarget::Answer), None).unwrap();
+    let (whole, apart) = (task(&path), task(&turns));
+    assert_eq!((whole.len(), apart.len()), (183, 183));
+    assert_eq!(apart.left_out(), whole.left_out());
+    for at in [0, 90, 182] {
+        let [one, other] = [&whole, &apart].map(|task| task.question(at).unwrap());
+        assert_eq!((one.text, one.reference), (other.text, other.reference));
+    }
+}
+
 #[test]
 fn turns_are_questions_and_their_programs_give_their_answers() {
     for (file, turns) in [("train.json", 183), ("convfinqa_dataset.json", 1490)] {

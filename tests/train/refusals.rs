@@ -33,6 +33,18 @@ fn there_must_be_something_to_resume() {
 }
 
 #[test]
+fn who_goes_by_held_out_rows_must_have_some() {
+    let bench = Bench::with_splits(&rows(7, 0), &[]);
+    for setting in ["train.keep_best=true", "train.early_stopping_patience=3"] {
+        assert_told(
+            &bench.refusal("run", &[setting], How::default()),
+            &["go by held-out rows, and dataset `", "has none", "a larger `data.validation_fraction`"],
+        );
+    }
+    bench.run("run", &[], How::until(1)).unwrap();
+}
+
+#[test]
 fn what_changed_since_the_checkpoint_is_named_with_both_values() {
     let bench = Bench::new();
     bench.run("run", &[], How::until(2)).unwrap();

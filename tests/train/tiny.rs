@@ -30,10 +30,14 @@ impl Bench {
     }
 
     pub fn with_rows(train: &[PackedRow]) -> Self {
+        Self::with_splits(train, &rows(2, 50))
+    }
+
+    pub fn with_splits(train: &[PackedRow], validation: &[PackedRow]) -> Self {
         let folder = tempfile::tempdir().unwrap();
         let dataset = folder.path().join("dataset");
         std::fs::create_dir(&dataset).unwrap();
-        let splits = [(Split::Train, train), (Split::Validation, &rows(2, 50))];
+        let splits = [(Split::Train, train), (Split::Validation, validation)];
         store::write(&dataset, &manifest(), splits, &[]).unwrap();
         Self { folder }
     }
