@@ -393,5 +393,25 @@ fn input_file(source: &str, path: &Path) -> Result<InputFile> {
 
 /// Case and white space folded away: what makes two texts the same document.
 fn folded(text: &str) -> String {
-    text.split_whitespace().map(str::to_lowercase).collect::<Vec<_>>().join(" ")
+    let mut folded = String::with_capacity(text.len());
+    for word in text.split_whitespace() {
+        if !folded.is_empty() {
+            folded.push(' ');
+        }
+        // A string for each word would take a third of the time in which a dump is read.
+        if word.is_ascii() { folded.push_str(word) } else { folded.push_str(&word.to_lowercase()) }
+    }
+    folded.make_ascii_lowercase();
+    folded
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn case_and_white_space_are_folded_word_by_word() {
+        assert_eq!(folded(" The\u{a0}END\n of\tΣΊΣΥΦΟΣ,  İ \u{212a}"), "the end of σίσυφος, i\u{307} k");
+        assert_eq!(folded(" \n"), "");
+    }
 }
