@@ -64,6 +64,16 @@ impl Cleaned {
         }
     }
 
+    /// Counts what was removed from texts behind these.
+    pub fn add(&mut self, later: Self) {
+        self.examples += later.examples;
+        self.byte_order_marks += later.byte_order_marks;
+        self.zero_width += later.zero_width;
+        self.control += later.control;
+        let room = SHOWN.saturating_sub(self.shown.len());
+        self.shown.extend(later.shown.into_iter().take(room));
+    }
+
     fn clean_message(&mut self, example: &mut Example, at: usize) {
         let Some(Message { content, .. }) = example.messages.get(at) else { return };
         let Some(cleaned) = without(content) else { return };
