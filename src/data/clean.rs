@@ -12,6 +12,8 @@ use super::example::{Example, Message};
 const SHOWN: usize = 5;
 /// Characters around the first one removed that the report shows.
 const AROUND: usize = 24;
+/// Bytes that are looked at together.
+const BLOCK: usize = 64;
 
 /// What was removed from a source's texts.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
@@ -60,6 +62,16 @@ impl Cleaned {
         for at in 0..example.messages.len() {
             self.clean_message(example, at);
         }
+    }
+
+    /// Counts what was removed from texts behind these.
+    pub fn add(&mut self, later: Self) {
+        self.examples += later.examples;
+        self.byte_order_marks += later.byte_order_marks;
+        self.zero_width += later.zero_width;
+        self.control += later.control;
+        let room = SHOWN.saturating_sub(self.shown.len());
+        self.shown.extend(later.shown.into_iter().take(room));
     }
 
     fn clean_message(&mut self, example: &mut Example, at: usize) {
@@ -147,7 +159,20 @@ fn lost_bytes(text: &str, at: usize) -> usize {
 
 /// Places and kinds of what is removed from a text.
 fn removed(text: &str) -> impl Iterator<Item = (usize, Kind)> + '_ {
-    text.char_indices().filter_map(|(at, c)| Some((at, kind_of(text, at, c)?)))
+    let (start, rest) = text.split_at(plain(text));
+    let places = rest.char_indices().map(move |(at, c)| (start.len() + at, c));
+    places.filter_map(|(at, c)| Some((at, kind_of(text, at, c)?)))
+}
+
+/// Bytes at the beginning in which nothing is removed. Block by block, which takes vector instructions: texts are
+/// long, and hardly any loses a character.
+fn plain(text: &str) -> usize {
+    let is_plain = |byte: &u8| matches!(byte, b' '..=b'~' | b'\n' | b'\t');
+    let blocks = text.as_bytes().chunks(BLOCK);
+    blocks
+        .take_while(|block| block.iter().fold(true, |plain, byte| plain & is_plain(byte)))
+        .map(<[u8]>::len)
+        .sum()
 }
 
 fn kind_of(text: &str, at: usize, c: char) -> Option<Kind> {
@@ -198,6 +223,15 @@ mod tests {
         let code = "def f(x):\n\tif x:\n\t    return  'é e\u{301} \u{a0}'\n";
         assert_eq!(without(code), None);
         assert_eq!(without(""), None);
+    }
+
+    #[test]
+    fn wherever_a_character_stands_it_goes() {
+        for at in 0..4 * BLOCK {
+            let before = "é\ta".repeat(at / 2 % 2) + &"b".repeat(at);
+            assert_eq!(without(&format!("{before}\u{200b}é")).unwrap(), format!("{before}é"));
+            assert_eq!(without(&format!("{before}é")), None);
+        }
     }
 
     #[test]

@@ -2,6 +2,7 @@
 
 use std::fs::File;
 use std::io::{BufReader, Read, Seek, SeekFrom};
+use std::sync::Arc;
 
 use anyhow::{Context as _, Error, Result, anyhow, bail};
 use arrow::array::{Array, ArrayRef, AsArray, RecordBatch};
@@ -120,18 +121,35 @@ fn rows(
         let batch = decoding(|| Ok(batches.next().transpose()?));
         let batch = batch.with_context(|| format!("after record {number}: {damaged}")).hint(FETCH_AGAIN)?;
         let Some(batch) = batch else { return Ok(()) };
-        for row in 0..batch.num_rows() {
+        let bytes = batch.get_array_memory_size() / batch.num_rows().max(1);
+        let batch = Arc::new(batch);
+        for at in 0..batch.num_rows() {
             number = following(number)?;
-            let record = decoding(|| record_of(&batch, row));
-            sink(Place { record: number, line: None }, record.map(Raw::Value))?;
+            sink(Place { record: number, line: None }, Raw::Row(Row { batch: batch.clone(), at, bytes }))?;
         }
     }
 }
 
-fn record_of(batch: &RecordBatch, row: usize) -> Result<Value> {
-    let schema = batch.schema();
-    let names = schema.fields().iter().map(|field| field.name().clone());
-    object(names.zip(batch.columns()), row)
+/// A row of a batch.
+pub(super) struct Row {
+    batch: Arc<RecordBatch>,
+    at: usize,
+    /// Its share of the batch.
+    bytes: usize,
+}
+
+impl Row {
+    /// What it takes of the memory.
+    pub(super) fn bytes(&self) -> usize {
+        self.bytes
+    }
+
+    /// As a JSON object.
+    pub(super) fn value(&self) -> Result<Value> {
+        let schema = self.batch.schema();
+        let names = schema.fields().iter().map(|field| field.name().clone());
+        decoding(|| object(names.zip(self.batch.columns()), self.at))
+    }
 }
 
 fn object<'a>(columns: impl Iterator<Item = (String, &'a ArrayRef)>, row: usize) -> Result<Value> {
@@ -209,7 +227,6 @@ fn map(entries: &arrow::array::StructArray) -> Result<Value> {
 #[expect(clippy::unwrap_used, reason = "a test panics where it fails")]
 mod tests {
     use std::io::Cursor;
-    use std::sync::Arc;
 
     use arrow::array::{
         BinaryArray, BooleanArray, Date32Array, DictionaryArray, Float32Array, Float64Array, Int64Array,
@@ -270,8 +287,8 @@ mod tests {
         let mut found = Vec::new();
         read(&mut |place, raw| {
             assert_eq!(place.record as usize, found.len() + 1);
-            if let Raw::Value(value) = raw? {
-                found.push(value);
+            if let Raw::Row(row) = raw {
+                found.push(row.value()?);
             }
             Ok(())
         })?;

@@ -1,6 +1,7 @@
 //! CSV and TSV with a header: every field is text.
 
 use std::io::BufRead;
+use std::sync::Arc;
 
 use anyhow::{Context as _, Error, Result, anyhow};
 use csv_core::{ReadRecordResult, ReaderBuilder};
@@ -46,13 +47,14 @@ pub(super) fn read(reader: &mut dyn BufRead, delimiter: u8, sink: Sink<'_>) -> R
     let mut rows =
         Rows { reader, parser, text: vec![0; 1 << 16], ends: vec![0; 256], breaks: 0, line: 1, record: 0 };
     let header = match rows.next()? {
-        Some(count) => rows.header(count)?,
+        Some(count) => names(&rows.cells(count))?,
         None => return Ok(()),
     };
+    let header = Arc::new(header);
     while let Some(count) = rows.next()? {
         rows.record = following(rows.record)?;
         let place = Place { record: rows.record, line: Some(rows.line) };
-        sink(place, rows.record_of(&header, count).map(Raw::Value))?;
+        sink(place, Raw::Fields(Fields { header: header.clone(), cells: rows.cells(count) }))?;
     }
     Ok(())
 }
@@ -116,10 +118,26 @@ impl Rows<'_> {
         }
     }
 
-    fn fields(&self, count: usize) -> Result<Vec<String>> {
-        let mut start = 0;
+    fn cells(&self, count: usize) -> Cells {
         let ends = self.ends.get(..count).unwrap_or_default();
-        ends.iter()
+        let text = self.text.get(..ends.last().copied().unwrap_or(0)).unwrap_or_default();
+        Cells { text: text.to_vec(), ends: ends.to_vec() }
+    }
+}
+
+/// A row as it lies in the file, without its quotes.
+struct Cells {
+    /// One behind the other.
+    text: Vec<u8>,
+    /// Where each ends.
+    ends: Vec<usize>,
+}
+
+impl Cells {
+    fn texts(&self) -> Result<Vec<String>> {
+        let mut start = 0;
+        self.ends
+            .iter()
             .map(|end| {
                 let field = self.text.get(start..*end).unwrap_or_default();
                 start = *end;
@@ -130,26 +148,42 @@ impl Rows<'_> {
             })
             .collect()
     }
+}
 
-    fn header(&self, count: usize) -> Result<Vec<String>> {
-        let names = self.fields(count).context("in the header")?;
-        let names: Vec<String> = names.iter().map(|name| name.trim().to_string()).collect();
-        match names.iter().enumerate().find(|(at, name)| names.iter().take(*at).any(|other| other == *name)) {
-            Some((_, twice)) => Err(twice_named(twice)),
-            None => Ok(names),
-        }
+/// The names of the fields.
+fn names(header: &Cells) -> Result<Vec<String>> {
+    let names = header.texts().context("in the header")?;
+    let names: Vec<String> = names.iter().map(|name| name.trim().to_string()).collect();
+    match names.iter().enumerate().find(|(at, name)| names.iter().take(*at).any(|other| other == *name)) {
+        Some((_, twice)) => Err(twice_named(twice)),
+        None => Ok(names),
+    }
+}
+
+/// A row under its header.
+pub(super) struct Fields {
+    header: Arc<Vec<String>>,
+    cells: Cells,
+}
+
+impl Fields {
+    /// What it takes of the memory.
+    pub(super) fn bytes(&self) -> usize {
+        self.cells.text.len() + size_of_val(self.cells.ends.as_slice())
     }
 
-    fn record_of(&self, header: &[String], count: usize) -> Result<Value> {
-        if count != header.len() {
+    /// As a JSON object.
+    pub(super) fn value(&self) -> Result<Value> {
+        let Self { header, cells } = self;
+        if cells.ends.len() != header.len() {
             return Err(anyhow!(
                 "it has {} fields, the header names {}: {}",
-                count,
+                cells.ends.len(),
                 header.len(),
                 quoted(header)
             ));
         }
-        let values = self.fields(count)?.into_iter().map(Value::String);
+        let values = cells.texts()?.into_iter().map(Value::String);
         Ok(Value::Object(header.iter().cloned().zip(values).collect::<Map<_, _>>()))
     }
 }

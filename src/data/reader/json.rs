@@ -56,7 +56,7 @@ fn lines(reader: &mut dyn BufRead, sink: Sink<'_>) -> Result<()> {
         if may_be_last && is_cut_off(record) && is_at_end(reader) {
             return Err(truncated(number));
         }
-        sink(Place { record: number, line: None }, Ok(Raw::Json(record)))?;
+        sink(Place { record: number, line: None }, Raw::Json(record.to_vec()))?;
     }
 }
 
@@ -110,7 +110,7 @@ impl Text<'_> {
             self.record = following(self.record)?;
             let place = Place { record: self.record, line: Some(self.line) };
             self.value(true)?;
-            sink(place, Ok(Raw::Json(&self.taken)))?;
+            sink(place, Raw::Json(self.taken.clone()))?;
             match self.next()? {
                 Some(b',') => self.reader.consume(1),
                 Some(b']') => return self.pass(b']'),

@@ -1,8 +1,9 @@
 //! Dumps to records: JSON arrays and lines, CSV, TSV, parquet, Arrow; plain, `.gz`, `.zst` or `.zip`.
 //!
-//! What a file is, its bytes say; its name is not asked. Records are read one by one or batch by batch, so a dump
-//! never lies in memory.
+//! What a file is, its bytes say; its name is not asked. Records are read ahead by a few batches, which all cores parse,
+//! so a dump never lies in memory.
 
+mod batches;
 mod columns;
 mod delimited;
 mod fingerprint;
@@ -17,9 +18,8 @@ use std::path::Path;
 
 use anyhow::{Context as _, Error, Result, anyhow};
 use serde::de::DeserializeOwned;
-use serde_json::Value;
 
-pub use self::fingerprint::{Fingerprint, fingerprint};
+pub use self::fingerprint::{Fingerprint, fingerprint, fingerprint_beside};
 pub use self::folder::files_of;
 use self::packing::Opened;
 use crate::error::user_error;
@@ -48,15 +48,28 @@ impl fmt::Display for Place {
 }
 
 /// A record before it is known what it should hold.
-enum Raw<'a> {
+enum Raw {
     /// One JSON value.
-    Json(&'a [u8]),
-    /// A row.
-    Value(Value),
+    Json(Vec<u8>),
+    /// A row of text.
+    Fields(delimited::Fields),
+    /// A row of columns.
+    Row(columns::Row),
 }
 
-/// Takes the records of a file, or why one cannot be read.
-type Sink<'a> = &'a mut dyn FnMut(Place, Result<Raw<'_>>) -> Result<()>;
+impl Raw {
+    /// What it takes of the memory.
+    fn bytes(&self) -> usize {
+        match self {
+            Self::Json(text) => text.len(),
+            Self::Fields(fields) => fields.bytes(),
+            Self::Row(row) => row.bytes(),
+        }
+    }
+}
+
+/// Takes the records of a file.
+type Sink<'a> = &'a mut dyn FnMut(Place, Raw) -> Result<()>;
 
 /// Reads the records of a dump and hands each to `each` with its number, counted from 1.
 ///
@@ -66,50 +79,64 @@ type Sink<'a> = &'a mut dyn FnMut(Place, Result<Raw<'_>>) -> Result<()>;
 /// # Errors
 /// When the file is missing, empty, truncated, of another form, or a record does not fit; the error names the
 /// file, the record and what was expected. Errors of `each` come back with the same.
-pub fn read_records<T: DeserializeOwned>(
+pub fn read_records<T: DeserializeOwned + Send>(
     path: &Path,
     members: &[&str],
     wrappers: &[&str],
     each: &mut dyn FnMut(u32, T) -> Result<()>,
 ) -> Result<()> {
-    read_tolerant(path, members, wrappers, &mut |_, error| Err(error), each)
+    read_tolerant(path, members, wrappers, &|_, record: T| Ok(record), &mut |_, error| Err(error), each)
 }
 
-/// As [`read_records`], but asks `bad` about each record that does not fit or that `each` refuses: with its number and
-/// what is wrong with it. An error of `bad` ends the reading, and is what comes back.
+/// As [`read_records`], but hands on what `make` makes of a record, many at the same time, and asks `bad` about each
+/// record that does not fit or that `make` or `each` refuses: with its number and what is wrong with it. An error of
+/// `bad` ends the reading, and is what comes back.
 ///
 /// # Errors
 /// As [`read_records`], and what `bad` says. A file that is damaged or truncated cannot be tolerated.
-pub fn read_tolerant<T: DeserializeOwned>(
+pub fn read_tolerant<T: DeserializeOwned, U: Send>(
     path: &Path,
     members: &[&str],
     wrappers: &[&str],
+    make: &(dyn Fn(u32, T) -> Result<U> + Sync),
     bad: &mut dyn FnMut(u32, Error) -> Result<()>,
-    each: &mut dyn FnMut(u32, T) -> Result<()>,
+    each: &mut dyn FnMut(u32, U) -> Result<()>,
 ) -> Result<()> {
-    let mut sink = |place: Place, raw: Result<Raw<'_>>| {
-        let fits = parse::<T>(place, raw)
-            .and_then(|record| each(place.record, record).with_context(|| place.to_string()));
+    let make = |place: Place, raw: Raw| {
+        parse::<T>(place, raw)
+            .and_then(|record| make(place.record, record).with_context(|| place.to_string()))
+    };
+    let mut take = |place: Place, made: Result<U>| {
+        let fits = made.and_then(|one| each(place.record, one).with_context(|| place.to_string()));
         fits.or_else(|error| bad(place.record, error))
     };
     let mut read = || -> Result<()> {
         let file = File::open(path)?;
-        packing::unpack(file, members, &mut |opened| records(opened, wrappers, &mut sink))
+        packing::unpack(file, members, &mut |opened| {
+            batches::made_in_order(&make, &mut take, |sink| records(opened, wrappers, sink))
+        })
     };
     read().with_context(|| format!("cannot read `{}`", path.display()))
 }
 
 /// The error names the place.
-fn parse<T: DeserializeOwned>(place: Place, raw: Result<Raw<'_>>) -> Result<T> {
+fn parse<T: DeserializeOwned>(place: Place, raw: Raw) -> Result<T> {
+    let value = match raw {
+        Raw::Json(text) => return parse_json(place, &text),
+        Raw::Fields(fields) => fields.value(),
+        Raw::Row(row) => row.value(),
+    };
+    serde_json::from_value(value.with_context(|| place.to_string())?)
+        .map_err(|error| anyhow!("{place}: {error}"))
+}
+
+fn parse_json<T: DeserializeOwned>(place: Place, text: &[u8]) -> Result<T> {
     let at = |line: usize| {
         let line = place.line.map(|first| first + (line as u64).saturating_sub(1));
         Place { line, ..place }
     };
-    match raw.with_context(|| place.to_string())? {
-        Raw::Json(text) => serde_json::from_slice(text)
-            .map_err(|error| anyhow!("{}: {}", at(error.line()), json::without_place(&error))),
-        Raw::Value(value) => serde_json::from_value(value).map_err(|error| anyhow!("{place}: {error}")),
-    }
+    serde_json::from_slice(text)
+        .map_err(|error| anyhow!("{}: {}", at(error.line()), json::without_place(&error)))
 }
 
 fn records(opened: Opened<'_>, wrappers: &[&str], sink: Sink<'_>) -> Result<()> {
@@ -197,6 +224,7 @@ fn quoted<S: AsRef<str>>(names: &[S]) -> String {
 #[cfg(test)]
 #[expect(clippy::unwrap_used, reason = "a test panics where it fails")]
 mod tests {
+    use std::cell::{Cell, RefCell};
     use std::fs;
     use std::io::Write as _;
 
@@ -417,8 +445,9 @@ mod tests {
                 bad.push(number);
                 Ok(())
             };
-            read_tolerant::<Record>(path.path(), &[], &["dev"], &mut note, &mut |number, record| {
-                good.push((number, record.text));
+            let text = |_, record: Record| Ok(record.text);
+            read_tolerant(path.path(), &[], &["dev"], &text, &mut note, &mut |number, text| {
+                good.push((number, text));
                 Ok(())
             })
             .unwrap();
@@ -429,6 +458,67 @@ mod tests {
                 String::from_utf8_lossy(form)
             );
             assert_eq!(bad, [2, 3, 4]);
+        }
+    }
+
+    /// The calls that a file leads to, up to the one that ends the reading, and what is told.
+    fn calls(bytes: &[u8], tolerated: usize) -> (Vec<String>, String) {
+        let path = tempfile::NamedTempFile::new().unwrap();
+        fs::write(path.path(), bytes).unwrap();
+        let (calls, bad) = (RefCell::new(Vec::new()), Cell::new(0));
+        let mut note = |number, error: Error| {
+            calls.borrow_mut().push(format!("{number} is bad"));
+            bad.set(bad.get() + 1);
+            if bad.get() > tolerated { Err(error) } else { Ok(()) }
+        };
+        let make = |number: u32, record: Record| {
+            if number.is_multiple_of(1000) { Err(anyhow!("a thousand")) } else { Ok(record.text) }
+        };
+        let read = read_tolerant(path.path(), &[], &[], &make, &mut note, &mut |number, text: String| {
+            calls.borrow_mut().push(format!("{number} says {text}"));
+            Ok(())
+        });
+        (calls.into_inner(), read.err().map(|error| crate::error::render(&error)).unwrap_or_default())
+    }
+
+    #[test]
+    fn records_of_many_batches_are_handed_on_as_if_they_were_read_one_by_one() {
+        let is_bad = |at: usize| at.is_multiple_of(1000) || at % 777 == 5;
+        let field = |at| if at % 777 == 5 { "txt" } else { "text" };
+        let line = |at: usize| format!("{{\"{}\": \"{at:0>99}\"}}\n", field(at));
+        let expected = |last| {
+            let call = |at| if is_bad(at) { format!("{at} is bad") } else { format!("{at} says {at:0>99}") };
+            (1..=last).map(call).collect::<Vec<_>>()
+        };
+        let whole: String = (1..=50_000).map(line).collect();
+        assert_eq!(calls(whole.as_bytes(), 500), (expected(50_000), String::new()));
+        for packed in [gzip(whole.as_bytes()), zip_of(&[("dump.jsonl", whole.as_bytes())])] {
+            assert_eq!(calls(&packed, 500).0, expected(50_000));
+        }
+        // The last of those that are tolerated no more ends it, whatever the file holds behind.
+        let bad: Vec<usize> = (1..).filter(|at| is_bad(*at)).take(60).collect();
+        for tolerated in [0, 2, 59] {
+            let truncated = whole.get(..whole.len() - 50).unwrap();
+            let (found, told) = calls(truncated.as_bytes(), tolerated);
+            let last = bad[tolerated];
+            assert_eq!(found, expected(last));
+            assert!(told.contains(&format!("record {last}")) && !told.contains("truncated"), "{told}");
+            let (found, told) = calls(&zip_of(&[("dump.jsonl", truncated.as_bytes())]), tolerated);
+            assert_eq!(found, expected(last));
+            assert!(told.contains("in its member `dump.jsonl`"), "{told}");
+        }
+    }
+
+    #[test]
+    fn records_before_a_truncation_are_handed_on() {
+        let record = |at: u32| format!("{{\"text\": \"{at}\"}}");
+        let records: Vec<String> = (1..=20_000).map(record).collect();
+        for whole in [records.join("\n"), format!("[{}]", records.join(","))] {
+            let cut = whole.len() - 8;
+            let (found, told) = calls(whole.get(..cut).unwrap().as_bytes(), 99);
+            assert_eq!(found.len(), 19_999);
+            assert!(found.iter().zip(1..).all(|(call, at)| call.starts_with(&format!("{at} "))));
+            assert!(told.contains("it ends in the middle of record 20000: the file is truncated"), "{told}");
         }
     }
 

@@ -4,6 +4,10 @@
 //! them than the recipe asks for: the examples behind them would not be looked at, whatever becomes of those before.
 
 use std::collections::BTreeMap;
+use std::mem;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use rayon::prelude::*;
 
 use crate::data::example::Example;
 use crate::data::mixture::key;
@@ -11,14 +15,56 @@ use crate::data::mixture::key;
 /// Bytes of text up to which all examples of a source are kept.
 const ALL: usize = 128 << 20;
 
-/// The examples of a source so far.
-pub(super) struct Gather<'a> {
+/// The order in which a source's examples are sampled.
+pub(super) struct Sampling<'a> {
     seed: u64,
     source: &'a str,
-    /// How many to keep when they are too many; `None`: all, whatever their size.
-    limit: Option<usize>,
     /// Copies stay, so they are candidates of their own.
     keep_copies: bool,
+    /// The beginning of the last candidate's key, once there are enough. It only falls, so what lies behind it now
+    /// will not be taken later.
+    last: AtomicU64,
+}
+
+/// A place in the order of the sample; of copies, the first of the files comes first.
+type Place = ([u8; 32], u32, u32);
+
+/// An example that may be sampled.
+pub(super) struct Candidate {
+    place: Place,
+    example: Example,
+}
+
+impl<'a> Sampling<'a> {
+    pub(super) fn new(seed: u64, source: &'a str, keep_copies: bool) -> Self {
+        Self { seed, source, keep_copies, last: AtomicU64::new(u64::MAX) }
+    }
+
+    /// `None` where enough others come first: of a large dump most are let go here, where they are made.
+    pub(super) fn candidate(&self, example: Example) -> Option<Candidate> {
+        let place = self.place(&example);
+        let may_be_taken = beginning(&place) <= self.last.load(Ordering::Relaxed);
+        may_be_taken.then_some(Candidate { place, example })
+    }
+
+    fn place(&self, example: &Example) -> Place {
+        let key = key(self.seed, self.source, example);
+        let (file, record) = if self.keep_copies { (example.file, example.record) } else { (0, 0) };
+        (key, file, record)
+    }
+}
+
+/// Of a place before another, it is no greater.
+fn beginning(place: &Place) -> u64 {
+    let ([a, b, c, d, e, f, g, h, ..], ..) = *place;
+    u64::from_be_bytes([a, b, c, d, e, f, g, h])
+}
+
+/// The examples of a source so far.
+pub(super) struct Gather<'a> {
+    sampling: &'a Sampling<'a>,
+    /// How many to keep when they are too many; `None`: all, whatever their size.
+    limit: Option<usize>,
     bytes: usize,
     all: Vec<Example>,
     candidates: BTreeMap<Place, Example>,
@@ -26,19 +72,14 @@ pub(super) struct Gather<'a> {
     budget: usize,
 }
 
-/// The order of the sample; of copies, the first of the files comes first.
-type Place = ([u8; 32], u32, u32);
-
 impl<'a> Gather<'a> {
     /// For a source of which the recipe asks for so many.
-    pub(super) fn new(seed: u64, source: &'a str, asked: Option<usize>, keep_copies: bool) -> Self {
+    pub(super) fn new(sampling: &'a Sampling<'a>, asked: Option<usize>) -> Self {
         // A quarter more, and some: contaminated examples, duplicates and those that are too long are replaced.
         let limit = asked.map(|asked| asked.saturating_add(asked / 4).saturating_add(1000));
         Self {
-            seed,
-            source,
+            sampling,
             limit,
-            keep_copies,
             bytes: 0,
             all: Vec::new(),
             candidates: BTreeMap::new(),
@@ -47,23 +88,27 @@ impl<'a> Gather<'a> {
         }
     }
 
-    pub(super) fn push(&mut self, example: Example) {
+    /// Takes what `Sampling` made of an example.
+    pub(super) fn push(&mut self, candidate: Option<Candidate>) {
+        let Some(Candidate { place, example }) = candidate else {
+            self.passed_over += 1;
+            return;
+        };
         if !self.candidates.is_empty() {
-            return self.consider(example);
+            return self.consider(place, example);
         }
         self.bytes += size(&example);
         self.all.push(example);
         if self.bytes > self.budget && self.limit.is_some_and(|limit| self.all.len() > limit.max(1)) {
-            for example in std::mem::take(&mut self.all) {
-                self.consider(example);
+            // Found again rather than kept: most sources never come here.
+            let places: Vec<Place> = self.all.par_iter().map(|one| self.sampling.place(one)).collect();
+            for (place, example) in places.into_iter().zip(mem::take(&mut self.all)) {
+                self.consider(place, example);
             }
         }
     }
 
-    fn consider(&mut self, example: Example) {
-        let key = key(self.seed, self.source, &example);
-        let (file, record) = if self.keep_copies { (example.file, example.record) } else { (0, 0) };
-        let place = (key, file, record);
+    fn consider(&mut self, place: Place, example: Example) {
         let limit = self.limit.unwrap_or(usize::MAX).max(1);
         let is_behind = self.candidates.len() >= limit
             && self.candidates.last_key_value().is_some_and(|(last, _)| *last < place);
@@ -75,6 +120,9 @@ impl<'a> Gather<'a> {
         if self.candidates.len() > limit {
             self.candidates.pop_last();
             self.passed_over += 1;
+        }
+        if let (true, Some((last, _))) = (self.candidates.len() == limit, self.candidates.last_key_value()) {
+            self.sampling.last.store(beginning(last), Ordering::Relaxed);
         }
     }
 
@@ -117,9 +165,10 @@ mod tests {
         keep_copies: bool,
         budget: usize,
     ) -> (Vec<u32>, usize) {
-        let mut gather = Gather::new(7, "s", asked, keep_copies);
+        let sampling = Sampling::new(7, "s", keep_copies);
+        let mut gather = Gather::new(&sampling, asked);
         gather.budget = budget;
-        examples.iter().cloned().for_each(|example| gather.push(example));
+        examples.iter().cloned().for_each(|example| gather.push(sampling.candidate(example)));
         let (found, passed_over) = gather.finish();
         (found.iter().map(|example| example.record).collect(), passed_over)
     }
@@ -135,6 +184,25 @@ mod tests {
             order(7, "s", &examples).into_iter().take(1050).map(|at| at as u32 + 1).collect();
         first.sort_unstable();
         assert_eq!((found, passed_over), (first, 1950));
+    }
+
+    #[test]
+    fn what_was_made_ahead_is_let_go_or_kept_as_if_it_were_not() {
+        let examples: Vec<Example> =
+            (1..=5000).map(|at| example(at, &format!("text {}", at % 4000))).collect();
+        let gathered = |ahead: usize| {
+            let sampling = Sampling::new(7, "s", false);
+            let mut gather = Gather::new(&sampling, Some(40));
+            gather.budget = 100;
+            for batch in examples.chunks(ahead) {
+                let made: Vec<_> = batch.iter().map(|one| sampling.candidate(one.clone())).collect();
+                made.into_iter().for_each(|one| gather.push(one));
+            }
+            gather.finish()
+        };
+        let (found, passed_over) = gathered(1);
+        assert_eq!((found.len(), passed_over), (1050, 3950));
+        assert!([100, 999, 5000].into_iter().all(|ahead| gathered(ahead) == (found.clone(), passed_over)));
     }
 
     #[test]
