@@ -21,7 +21,7 @@ const RECORDS: usize = 1 << 12;
 /// Batches that are made while the next one is read.
 const AHEAD: usize = 2;
 /// Bytes from which a batch is waited for: of records as large, one is enough in memory.
-const LARGE: usize = 16 * BYTES;
+const LARGE: usize = 4 * BYTES;
 /// How long a thread of the pool that finds no work waits before it looks again.
 const PAUSE: Duration = Duration::from_micros(50);
 
