@@ -15,7 +15,7 @@ use crate::cli::ServeArgs;
 use crate::data::tokenizer::ChatTokenizer;
 use crate::engine::{Engine, EngineOptions, memory};
 use crate::error::user_error;
-use crate::kernels::device;
+use crate::kernels::{device, exit_now};
 use crate::progress;
 use crate::recipe::{Recipe, ServeSpec};
 use crate::retrieval::documents;
@@ -54,7 +54,9 @@ pub fn run(args: &ServeArgs) -> Result<()> {
         queue: spec.queue,
     };
     let service = open_service(&recipe, &choice, run_folder, device, library, settings)?;
-    service::run(service, address, announce)
+    service::run(service, address, announce)?;
+    // An answer that was cut off is computed to the end of its step, and nobody waits for it.
+    exit_now(0)
 }
 
 /// What would leave the service without an answer to give.
@@ -154,7 +156,7 @@ fn open_service(
 /// Tells people on stderr and scripts on stdout where the service is.
 fn announce(address: SocketAddr) -> Result<()> {
     let url = format!("http://{address}");
-    eprintln!("listening on {url}");
+    progress::note(format!("listening on {url}"));
     let mut stdout = std::io::stdout();
     writeln!(stdout, "{}", json!({"url": url}))
         .and_then(|()| stdout.flush())

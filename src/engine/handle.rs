@@ -191,7 +191,7 @@ impl EngineHandle {
         self.owner.batch
     }
 
-    /// Requests that wait.
+    /// Requests that wait and whose reader is still there.
     pub fn waiting(&self) -> usize {
         self.owner.shared.queue.len()
     }

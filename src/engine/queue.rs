@@ -83,9 +83,9 @@ impl Queue {
         self.changed.notify_all();
     }
 
-    /// How many wait.
+    /// How many wait. Jobs whose reader has gone are not among them: they make room when it is needed.
     pub(super) fn len(&self) -> usize {
-        self.lock().waiting.len()
+        self.lock().waiting.iter().filter(|job| !job.events.is_abandoned()).count()
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {

@@ -20,6 +20,8 @@ pub mod driver;
 #[expect(unsafe_code, reason = "a kernel launch, a function compiled for AVX2")]
 pub mod dropout;
 pub mod dynamic_map;
+#[expect(unsafe_code, reason = "ends the process without destructors")]
+mod exit;
 pub mod fused_attention;
 #[expect(unsafe_code, reason = "calls into cuBLAS on tensor memory")]
 pub mod gemm;
@@ -42,3 +44,5 @@ mod rows;
 pub mod stopwatch;
 #[expect(unsafe_code, reason = "kernel launches")]
 pub mod swiglu;
+
+pub use exit::exit_now;

@@ -1,6 +1,7 @@
 //! One answer: tokens of the engine as text, up to an end token, a stop string or the limit.
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use super::Service;
@@ -46,9 +47,20 @@ pub struct End {
     pub total: Duration,
 }
 
+/// A request that was let in; it counts as open until it is dropped with its answer.
+pub struct Open {
+    service: Arc<Service>,
+}
+
+impl Drop for Open {
+    fn drop(&mut self) {
+        self.service.open.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
 /// An answer in the making. Dropped before its end, it cancels the generation.
 pub struct Answer {
-    service: Arc<Service>,
+    open: Open,
     tokens: TokenStream,
     decoder: StreamDecoder,
     stop: StopMatcher,
@@ -62,26 +74,32 @@ pub struct Answer {
 }
 
 impl Service {
-    /// Turns a request away before any work is done for it, when the engine could not take it.
+    /// Lets a request in, or turns it away before any work is done for it, when the engine could not take it.
     ///
     /// # Errors
     /// 429 when the queue is full, 503 when the engine has failed.
-    pub fn admit(&self) -> Result<(), ApiError> {
+    pub fn admit(self: &Arc<Self>) -> Result<Open, ApiError> {
         let waiting = self.engine.waiting();
         if !self.engine.is_healthy() {
             Err(ApiError::stopped())
         } else if waiting >= self.settings.queue {
             Err(ApiError::overloaded(waiting, self.metrics.retry_after()))
         } else {
-            Ok(())
+            self.open.fetch_add(1, Ordering::Relaxed);
+            Ok(Open { service: Arc::clone(self) })
         }
     }
 
-    /// Hands a prompt to the engine; `started` is when the request came in.
+    /// Requests that were let in and are not answered yet: they are prepared, wait, run or are told.
+    pub fn open(&self) -> usize {
+        self.open.load(Ordering::Relaxed)
+    }
+
+    /// Hands the prompt of an `open` request to the engine; `started` is when the request came in.
     ///
     /// # Errors
     /// 429 when the queue is full, 400 when the prompt leaves no room for an answer.
-    pub fn ask(self: &Arc<Self>, ask: Ask, started: Instant) -> Result<Answer, ApiError> {
+    pub fn ask(&self, open: Open, ask: Ask, started: Instant) -> Result<Answer, ApiError> {
         let prompt_tokens = ask.prompt.len();
         let request = Request {
             prompt: ask.prompt,
@@ -92,7 +110,7 @@ impl Service {
         let refused = |error| ApiError::submit(&error, self.metrics.retry_after());
         let tokens = self.engine.submit(request).map_err(refused)?;
         Ok(Answer {
-            service: Arc::clone(self),
+            open,
             tokens,
             decoder: StreamDecoder::new(),
             stop: StopMatcher::new(ask.stop),
@@ -149,9 +167,9 @@ impl Answer {
         }
         self.completion_tokens += 1;
         if self.completion_tokens == 1 {
-            self.service.metrics.first_token(self.started.elapsed());
+            self.open.service.metrics.first_token(self.started.elapsed());
         }
-        let piece = self.decoder.push(&self.service.tokenizer, id);
+        let piece = self.decoder.push(&self.open.service.tokenizer, id);
         self.tell(&piece)
     }
 
@@ -193,9 +211,9 @@ impl Drop for Answer {
     fn drop(&mut self) {
         match self.end {
             Some(end) if self.told => {
-                self.service.metrics.answer(end.prompt_tokens, end.completion_tokens, end.total);
+                self.open.service.metrics.answer(end.prompt_tokens, end.completion_tokens, end.total);
             }
-            _ => self.service.metrics.unfinished(self.completion_tokens),
+            _ => self.open.service.metrics.unfinished(self.completion_tokens),
         }
     }
 }

@@ -8,6 +8,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use axum::Json;
+use axum::extract::rejection::PathRejection;
 use axum::extract::{Path, State};
 use axum::http::StatusCode;
 use axum::response::sse::Event;
@@ -214,11 +215,11 @@ fn random() -> u64 {
 /// See [`ApiError`].
 pub async fn completions(State(service): State<Arc<Service>>, fields: Fields) -> Result<Response, ApiError> {
     let started = Instant::now();
-    service.admit()?;
+    let open = service.admit()?;
     let request = ChatRequest::parse(fields, &service.settings)?;
     let ChatRequest { messages, max_tokens, sampling, stop, stream, include_usage } = request;
     let prompt = service.encode(messages).await?;
-    let answer = service.ask(Ask { prompt, max_tokens, sampling, stop }, started)?;
+    let answer = service.ask(open, Ask { prompt, max_tokens, sampling, stop }, started)?;
     let envelope = Envelope::new(&service);
     if stream {
         Ok(streamed(answer, envelope, include_usage))
@@ -322,11 +323,12 @@ pub async fn models(State(service): State<Arc<Service>>) -> Json<Value> {
 /// `GET /v1/models/{model}`
 ///
 /// # Errors
-/// 404 when there is no such model.
+/// 404 when there is no such model, 400 when the name is no text.
 pub async fn model(
     State(service): State<Arc<Service>>,
-    Path(name): Path<String>,
+    name: Result<Path<String>, PathRejection>,
 ) -> Result<Json<Value>, ApiError> {
+    let Path(name) = name.map_err(|rejection| ApiError::invalid(rejection.body_text()))?;
     check_model(Some(name), &service.settings)?;
     Ok(Json(model_object(&service)))
 }

@@ -1,6 +1,9 @@
 //! The JSON body of a request, field by field, so that an error names the field.
 
+use std::time::Duration;
+
 use axum::body::Bytes;
+use axum::extract::rejection::BytesRejection;
 use axum::extract::{FromRequest, Request};
 use axum::http::{StatusCode, header};
 use axum::response::IntoResponse as _;
@@ -8,6 +11,9 @@ use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
 
 use super::error::ApiError;
+
+/// How long the body of a request may be on its way.
+const BODY_TIME: Duration = Duration::from_secs(30);
 
 /// The fields of a JSON object that nobody has taken yet.
 #[derive(Debug, Clone, PartialEq, Default)]
@@ -114,6 +120,28 @@ fn shorten(text: &str) -> String {
     }
 }
 
+/// The whole body, when it comes `within` that time: who sends half of it would hold the connection forever.
+async fn body<S: Send + Sync>(request: Request, state: &S, within: Duration) -> Result<Bytes, ApiError> {
+    match tokio::time::timeout(within, Bytes::from_request(request, state)).await {
+        Ok(read) => read.map_err(unreadable),
+        Err(_) => Err(ApiError::refused(
+            StatusCode::REQUEST_TIMEOUT,
+            "request_timeout",
+            format!("the body did not come within {within:?}: send as many bytes as `content-length` says"),
+        )),
+    }
+}
+
+fn unreadable(rejection: BytesRejection) -> ApiError {
+    let message = rejection.body_text();
+    match rejection.into_response().status() {
+        status @ StatusCode::PAYLOAD_TOO_LARGE => {
+            ApiError::refused(status, "request_too_large", "the request is larger than the server takes")
+        }
+        _ => ApiError::invalid(message),
+    }
+}
+
 impl<S: Send + Sync> FromRequest<S> for Fields {
     type Rejection = ApiError;
 
@@ -128,21 +156,31 @@ impl<S: Send + Sync> FromRequest<S> for Fields {
                 "the header `content-type: application/json` is missing",
             ));
         }
-        let bytes = Bytes::from_request(request, state).await.map_err(|rejection| {
-            let message = rejection.body_text();
-            match rejection.into_response().status() {
-                status @ StatusCode::PAYLOAD_TOO_LARGE => ApiError::refused(
-                    status,
-                    "request_too_large",
-                    "the request is larger than the server takes",
-                ),
-                _ => ApiError::invalid(message),
-            }
-        })?;
+        let bytes = body(request, state, BODY_TIME).await?;
         match serde_json::from_slice(&bytes) {
             Ok(Value::Object(map)) => Ok(Self { map }),
             Ok(_) => Err(ApiError::invalid("the body is no JSON object")),
             Err(error) => Err(ApiError::invalid(format!("the body is no JSON: {error}"))),
         }
+    }
+}
+
+#[cfg(test)]
+#[expect(clippy::unwrap_used, reason = "a test that cannot go on fails")]
+mod tests {
+    use std::convert::Infallible;
+
+    use axum::body::Body;
+    use tokio_stream::StreamExt as _;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn half_a_body_is_not_waited_for() {
+        let half = tokio_stream::once(Ok::<_, Infallible>("{\"query\": "));
+        let request = Request::new(Body::from_stream(half.chain(tokio_stream::pending())));
+        let error = body(request, &(), Duration::from_millis(10)).await.unwrap_err();
+        assert_eq!(error.json()["error"]["code"], "request_timeout");
+        assert_eq!(error.into_response().status(), StatusCode::REQUEST_TIMEOUT);
     }
 }

@@ -17,6 +17,7 @@ pub mod run;
 pub mod stop;
 pub mod stream;
 
+use std::sync::atomic::AtomicUsize;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -40,6 +41,8 @@ pub struct Service {
     pub settings: Settings,
     /// Texts of the special tokens: a document that spells one must not be read as a turn.
     pub(crate) marks: Vec<String>,
+    /// Requests that were let in and are not answered yet; [`answer::Open`] counts them.
+    pub(crate) open: AtomicUsize,
     /// What was counted.
     pub metrics: Arc<Metrics>,
     /// When the service began, in seconds since 1970.
@@ -71,7 +74,8 @@ impl Service {
     ) -> Self {
         let metrics = Arc::new(Metrics::default());
         let marks = marks(&tokenizer);
-        Self { engine, tokenizer, library, settings, marks, metrics, created: unix_seconds() }
+        let (open, created) = (AtomicUsize::new(0), unix_seconds());
+        Self { engine, tokenizer, library, settings, marks, open, metrics, created }
     }
 }
 

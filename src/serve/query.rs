@@ -62,13 +62,13 @@ struct Composed {
 /// See [`ApiError`].
 pub async fn query(State(service): State<Arc<Service>>, fields: Fields) -> Result<Response, ApiError> {
     let started = Instant::now();
-    service.admit()?;
+    let open = service.admit()?;
     let request = QueryRequest::parse(fields, &service.settings)?;
     let composed = compose(&service, request.clone()).await?;
     let Composed { prompt, documents, score, retrieval } = composed;
     let sampling = Sampling { temperature: request.temperature, ..Sampling::GREEDY };
     let ask = Ask { prompt, max_tokens: request.max_tokens, sampling, stop: Vec::new() };
-    let answer = service.ask(ask, started)?;
+    let answer = service.ask(open, ask, started)?;
     let mut body = Map::new();
     body.insert("query".to_string(), json!(request.query));
     body.insert("retrieved_docs".to_string(), json!(documents));

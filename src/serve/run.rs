@@ -2,7 +2,7 @@
 
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result};
 use tokio::net::TcpListener;
@@ -17,10 +17,14 @@ use crate::progress;
 /// How long requests may go on after the first signal.
 const DRAIN: Duration = Duration::from_secs(30);
 
+/// How long after the first signal a connection may go on that no request is open on: its last answer is on the way to
+/// a slow client, or half a request has come.
+const GRACE: Duration = Duration::from_secs(1);
+
 /// Listens on `address`, tells the real one to `ready`, and answers until SIGINT or SIGTERM.
 ///
 /// The first signal ends listening and lets requests finish for half a minute; the second, or the time's running out,
-/// ends them. The engine ends with the service.
+/// ends them. The engine ends with the service; after requests were cut off it may still be in a step.
 ///
 /// # Errors
 /// When the address is taken or `ready` fails.
@@ -65,29 +69,51 @@ fn signals() -> Result<(Arc<watch::Sender<u32>>, watch::Receiver<u32>)> {
     Ok((sender, receiver))
 }
 
-/// Answers on `listener` until `signals` counts one, then finishes what is running, until it counts two or half a minute is over.
+/// Answers on `listener` until `signals` counts one, then finishes what is open, until it counts two or half a minute is
+/// over.
 ///
 /// # Errors
 /// When the listener fails.
 pub async fn serve(service: Service, listener: TcpListener, signals: watch::Receiver<u32>) -> Result<()> {
     let service = Arc::new(service);
-    let (mut first, mut second) = (signals.clone(), signals);
-    let engine = service.engine.clone();
-    let draining = async move {
-        first.wait_for(|count| *count >= 1).await.ok();
-        let open = engine.running() + engine.waiting();
-        progress::note(format!("stopping: {open} requests are finished first; a second signal ends them"));
-    };
-    let cut_off = async move {
-        second.wait_for(|count| *count >= 1).await.ok();
-        tokio::time::timeout(DRAIN, second.wait_for(|count| *count >= 2)).await.ok();
-    };
-    let server = axum::serve(listener, router(service)).with_graceful_shutdown(draining);
+    let draining = drain(Arc::clone(&service), signals.clone());
+    let server = axum::serve(listener, router(Arc::clone(&service))).with_graceful_shutdown(draining);
     tokio::select! {
         served = async { server.await } => served.context("the server failed"),
-        () = cut_off => {
+        () = idle(&service, signals.clone()) => Ok(()),
+        () = cut_off(signals) => {
             progress::note("stopped before all requests were finished");
             Ok(())
         }
     }
+}
+
+/// Waits for the first signal, and tells what is finished before the end.
+async fn drain(service: Arc<Service>, mut signals: watch::Receiver<u32>) {
+    signals.wait_for(|count| *count >= 1).await.ok();
+    match service.open() {
+        0 => progress::note("stopping"),
+        open => {
+            progress::note(format!("stopping: {open} requests are finished first; a second signal ends them"))
+        }
+    }
+}
+
+/// Waits for the first signal, and then until no request has been open for [`GRACE`]: a client that sent half a request
+/// does not hold the service.
+async fn idle(service: &Service, mut signals: watch::Receiver<u32>) {
+    signals.wait_for(|count| *count >= 1).await.ok();
+    let mut since = Instant::now();
+    while since.elapsed() < GRACE {
+        tokio::time::sleep(GRACE / 20).await;
+        if service.open() > 0 {
+            since = Instant::now();
+        }
+    }
+}
+
+/// Waits for the first signal, and then for the second or the end of [`DRAIN`].
+async fn cut_off(mut signals: watch::Receiver<u32>) {
+    signals.wait_for(|count| *count >= 1).await.ok();
+    tokio::time::timeout(DRAIN, signals.wait_for(|count| *count >= 2)).await.ok();
 }

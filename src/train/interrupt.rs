@@ -1,8 +1,9 @@
-//! SIGINT and SIGTERM end a training at the next step boundary, with a checkpoint.
+//! SIGINT, SIGTERM and SIGHUP (a terminal that went away) end a training at the next step boundary, with a checkpoint.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use crate::kernels::exit_now;
 use crate::progress;
 
 /// Set when the process was asked to end.
@@ -25,7 +26,7 @@ impl Interrupt {
                 progress::note("ending after this step with a checkpoint; ask again to end at once");
                 if runtime.block_on(signal()).is_ok() {
                     // As a shell reports a process that SIGINT ended; the last checkpoint is whole.
-                    std::process::exit(130);
+                    exit_now(130);
                 }
             }
         };
@@ -41,10 +42,12 @@ impl Interrupt {
 
 async fn signal() -> std::io::Result<()> {
     use tokio::signal::unix::{SignalKind, signal};
-    let (mut interrupt, mut terminate) = (signal(SignalKind::interrupt())?, signal(SignalKind::terminate())?);
+    let [mut interrupt, mut terminate, mut hangup] =
+        [signal(SignalKind::interrupt())?, signal(SignalKind::terminate())?, signal(SignalKind::hangup())?];
     tokio::select! {
         _ = interrupt.recv() => {}
         _ = terminate.recv() => {}
+        _ = hangup.recv() => {}
     }
     Ok(())
 }

@@ -265,6 +265,9 @@ async fn models_are_listed_and_others_are_not_found() {
         assert_eq!(reply.json()["error"]["code"], "model_not_found");
         assert!(reply.error().contains("this server has `test-model`"));
     }
+    let no_text = get(&service, "/v1/models/%ff").await;
+    assert_eq!(no_text.status, StatusCode::BAD_REQUEST);
+    assert!(no_text.error().contains("UTF-8"), "{}", no_text.text);
 }
 
 #[tokio::test]

@@ -39,8 +39,7 @@ impl Live {
     }
 
     fn send(&self, path: &str, body: &Value) -> TcpStream {
-        let mut stream = TcpStream::connect(self.address).unwrap();
-        stream.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
+        let mut stream = self.connect();
         let body = body.to_string();
         let head = format!(
             "POST {path} HTTP/1.1\r\nhost: {}\r\nconnection: close\r\ncontent-type: application/json\r\ncontent-length: {}\r\n\r\n",
@@ -48,6 +47,18 @@ impl Live {
             body.len()
         );
         stream.write_all((head + &body).as_bytes()).unwrap();
+        stream
+    }
+
+    fn get(&self, path: &str) -> String {
+        let mut stream = self.connect();
+        write!(stream, "GET {path} HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n").unwrap();
+        read(stream)
+    }
+
+    fn connect(&self) -> TcpStream {
+        let stream = TcpStream::connect(self.address).unwrap();
+        stream.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
         stream
     }
 
@@ -166,6 +177,28 @@ fn a_client_that_goes_away_leaves_the_queue() {
 }
 
 #[test]
+fn clients_that_went_away_do_not_fill_the_queue() {
+    let gate = Gate::default();
+    let live = start(service_with(Scripted::says("ok").behind(&gate), None, small_queue(2)));
+    let running = live.chat(json!({}));
+    live.until("one runs", |engine| engine.running() == 1);
+    let waiting = [live.chat(json!({})), live.chat(json!({"stream": true}))];
+    live.until("two wait", |engine| engine.waiting() == 2);
+    drop(waiting);
+    live.until("nobody waits", |engine| engine.waiting() == 0);
+    let metrics = live.get("/metrics");
+    assert!(metrics.contains("\ngranite_requests_waiting 0\n"), "{metrics}");
+    assert!(live.get("/health").contains("\"waiting\":0"));
+    let later = live.chat(json!({}));
+    live.until("one waits", |engine| engine.waiting() == 1);
+    gate.open();
+    for reply in [running, later].map(read) {
+        assert_eq!(status(&reply), "200", "{reply}");
+    }
+    live.end();
+}
+
+#[test]
 fn the_first_signal_lets_answers_finish_and_takes_no_more() {
     let gate = Gate::default();
     let live = start(service_with(Scripted::says("to the end").behind(&gate), None, small_queue(4)));
@@ -196,4 +229,28 @@ fn the_second_signal_ends_at_once() {
     live.thread.join().unwrap().unwrap();
     assert!(signalled.elapsed() < Duration::from_secs(5), "{:?}", signalled.elapsed());
     drop(running);
+}
+
+#[test]
+fn half_a_request_does_not_hold_the_end() {
+    let gate = Gate::default();
+    let live = start(service_with(Scripted::says("to the end").behind(&gate), None, small_queue(4)));
+    let head = "POST /query HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: 20\r\n\r\n{";
+    let halves = ["GET /hea", head].map(|half| {
+        let mut stream = live.connect();
+        stream.write_all(half.as_bytes()).unwrap();
+        stream
+    });
+    let running = live.chat(json!({}));
+    live.until("one runs", |engine| engine.running() == 1);
+    live.signal();
+    // Longer than such connections are waited for: an open request is.
+    thread::sleep(Duration::from_millis(1500));
+    assert!(!live.thread.is_finished());
+    gate.open();
+    let opened = Instant::now();
+    assert_eq!(status(&read(running)), "200");
+    live.thread.join().unwrap().unwrap();
+    assert!(opened.elapsed() < Duration::from_secs(10), "{:?}", opened.elapsed());
+    drop(halves);
 }
