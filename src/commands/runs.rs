@@ -3,28 +3,31 @@
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::io::Write as _;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Error, Result};
 use serde::Serialize;
 use serde_json::Value;
 
-use crate::checkpoint::run::{RUNS, RunFolder};
+use crate::checkpoint::run::{RUNS, RunFolder, Validations};
 use crate::cli::{RunsArgs, RunsCommand};
-use crate::error::user_error;
+use crate::error::{render, user_error};
 use crate::metrics::event::Event;
 use crate::metrics::jsonl;
-use crate::recipe::Recipe;
+use crate::progress;
+use crate::recipe::{Recipe, TrainSpec};
+
+/// Shown in place of a key: that there is one may be told, which one may not.
+const HIDDEN: &str = "(set)";
 
 /// Runs the subcommand: findings on stdout.
 ///
 /// # Errors
-/// When a folder holds no run, or one of its files is damaged.
+/// When a folder holds no run, or a file of a run to show or to compare is damaged.
 pub fn run(args: &RunsArgs) -> Result<()> {
     let text = match &args.command {
         RunsCommand::List { folder } => {
-            let folder = folder.as_deref().unwrap_or(Path::new(RUNS));
-            let found = list(folder)?;
+            let found = list(folder.as_deref())?;
             if args.json { json(&found)? } else { table(&found) }
         }
         RunsCommand::Show { run } => {
@@ -44,11 +47,13 @@ pub fn run(args: &RunsArgs) -> Result<()> {
 #[derive(Debug, Clone, Serialize)]
 struct RunReport {
     name: String,
-    folder: PathBuf,
-    /// `training`: a process holds its lock; `finished`: all its steps are taken; else `stopped`.
+    /// As text: JSON has no other names, and a folder may have any.
+    folder: String,
+    /// `training`: a process holds its lock; `finished`: all its steps are taken, or it ended early for want of a
+    /// smaller loss; else `stopped`.
     state: &'static str,
     base: String,
-    dataset: PathBuf,
+    dataset: String,
     steps: u64,
     epochs: f64,
     tokens: i64,
@@ -56,11 +61,30 @@ struct RunReport {
     tokens_per_second: f64,
     /// Of the last step.
     train_loss: Option<f64>,
-    /// Step and loss of validations: the first, the least, the last.
+    /// Step and loss of validations: the first, the least of those after a step, the last.
     first_validation: Option<(u64, f64)>,
     best_validation: Option<(u64, f64)>,
     last_validation: Option<(u64, f64)>,
     checkpoints: Vec<u64>,
+}
+
+/// A run that cannot be read.
+#[derive(Debug, Serialize)]
+struct DamagedRun {
+    name: String,
+    folder: String,
+    /// `damaged`.
+    state: &'static str,
+    /// What is wrong.
+    error: String,
+}
+
+/// A row of the list.
+#[derive(Debug, Serialize)]
+#[serde(untagged)]
+enum Listed {
+    Whole(RunReport),
+    Damaged(DamagedRun),
 }
 
 #[derive(Debug, Serialize)]
@@ -77,10 +101,11 @@ struct Compared {
     differences: BTreeMap<String, Vec<Value>>,
 }
 
-/// The runs of a folder, by name.
-fn list(folder: &Path) -> Result<Vec<RunReport>> {
+/// The runs of the folder given, or of the usual one, by name.
+fn list(given: Option<&Path>) -> Result<Vec<Listed>> {
+    let folder = given.unwrap_or(Path::new(RUNS));
     let entries = match std::fs::read_dir(folder) {
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return nothing(given),
         other => other.with_context(|| format!("cannot read folder `{}`", folder.display()))?,
     };
     let mut folders = Vec::new();
@@ -91,7 +116,42 @@ fn list(folder: &Path) -> Result<Vec<RunReport>> {
         }
     }
     folders.sort();
-    folders.iter().map(|path| Ok(read(path)?.0)).collect()
+    Ok(folders.iter().map(|path| listed(path)).collect())
+}
+
+/// What a folder that is not there holds: the usual one is made by the first training, one that was named is a slip.
+fn nothing(given: Option<&Path>) -> Result<Vec<Listed>> {
+    given.map_or_else(
+        || Ok(Vec::new()),
+        |folder| {
+            Err(user_error(
+                format!("there is no folder `{}`", folder.display()),
+                format!("name the folder that holds the runs, or none for `{RUNS}`"),
+            ))
+        },
+    )
+}
+
+/// A run's row: one that is damaged must not hide the others.
+fn listed(path: &Path) -> Listed {
+    match read(path) {
+        Ok((found, _)) => Listed::Whole(found),
+        Err(error) => {
+            let (name, error) = (name_of(path), reason(&error));
+            progress::note(format!("run `{name}` is damaged: {error}"));
+            Listed::Damaged(DamagedRun { name, folder: path.display().to_string(), state: "damaged", error })
+        }
+    }
+}
+
+/// An error as the program tells it, to stand in a sentence.
+fn reason(error: &Error) -> String {
+    let told = render(error);
+    told.strip_prefix("error: ").unwrap_or(&told).trim_end().to_string()
+}
+
+fn name_of(path: &Path) -> String {
+    path.file_name().map_or_else(String::new, |name| name.to_string_lossy().into_owned())
 }
 
 /// The run in a folder, or of a name among the usual ones.
@@ -105,7 +165,9 @@ fn read(run: &Path) -> Result<(RunReport, Recipe)> {
             "`granite runs list` tells their names",
         ));
     }
-    let recipe = folder.recipe()?;
+    let mut recipe = folder.recipe()?;
+    // Here and not where it is shown, so that no way of showing a recipe can forget it.
+    recipe.serve.api_key = recipe.serve.api_key.map(|_| HIDDEN.to_string());
     let events = jsonl::read(&folder.metrics())?;
     Ok((report(&folder, &recipe, &events)?, recipe))
 }
@@ -122,24 +184,23 @@ fn report(folder: &RunFolder, recipe: &Recipe, events: &[Event]) -> Result<RunRe
             _ => None,
         })
         .collect();
-    let least = |best: (u64, f64), one: &(u64, f64)| if one.1 < best.1 { *one } else { best };
+    let counted = counted(&validations);
     let last = steps.last();
-    let (tokens, seconds) =
-        (steps.iter().map(|step| step.tokens).sum(), steps.iter().map(|step| step.seconds).sum::<f64>());
+    let tokens = steps.iter().map(|step| step.tokens).sum();
+    // Not `sum`: of no numbers it is -0.
+    let seconds = steps.iter().fold(0.0, |sum, step| sum + step.seconds);
     let taken = last.map_or(0, |step| step.step);
     let epochs = last.map_or(0.0, |step| step.epoch);
-    let train = &recipe.train;
-    let is_finished = train.max_steps.map_or(epochs >= train.epochs, |all| taken >= all);
     Ok(RunReport {
-        name: folder.path().file_name().map_or_else(String::new, |name| name.to_string_lossy().into_owned()),
-        folder: folder.path().to_path_buf(),
-        state: match (folder.is_locked(), is_finished) {
+        name: name_of(folder.path()),
+        folder: folder.path().display().to_string(),
+        state: match (folder.is_locked(), is_over(&recipe.train, taken, epochs, counted)) {
             (true, _) => "training",
             (false, true) => "finished",
             (false, false) => "stopped",
         },
         base: recipe.model.base.clone(),
-        dataset: recipe.data.dataset.clone(),
+        dataset: recipe.data.dataset.display().to_string(),
         steps: taken,
         epochs,
         tokens,
@@ -147,10 +208,26 @@ fn report(folder: &RunFolder, recipe: &Recipe, events: &[Event]) -> Result<RunRe
         tokens_per_second: if seconds > 0.0 { tokens as f64 / seconds } else { 0.0 },
         train_loss: last.map(|step| step.loss),
         first_validation: validations.first().copied(),
-        best_validation: validations.first().map(|first| validations.iter().fold(*first, least)),
+        best_validation: counted.best,
         last_validation: validations.last().copied(),
         checkpoints: folder.checkpoints()?,
     })
+}
+
+/// How the validations went, as the training counts them: the one before the first step is compared with nothing.
+fn counted(validations: &[(u64, f64)]) -> Validations {
+    let mut counted = Validations::default();
+    for (step, loss) in validations.iter().filter(|(step, _)| *step > 0) {
+        counted.add(*step, *loss);
+    }
+    counted
+}
+
+/// Whether a training has nothing left to do: by its steps, or because its loss has not fallen for long enough.
+fn is_over(train: &TrainSpec, taken: u64, epochs: f64, counted: Validations) -> bool {
+    let patience = train.early_stopping_patience;
+    let is_early = patience > 0 && counted.since >= patience;
+    is_early || train.max_steps.map_or(epochs >= train.epochs, |all| taken >= all)
 }
 
 fn compared(read: Vec<(RunReport, Recipe)>) -> Compared {
@@ -190,33 +267,40 @@ fn json(value: &impl Serialize) -> Result<String> {
 }
 
 /// One line a run.
-fn table(runs: &[RunReport]) -> String {
+fn table(runs: &[Listed]) -> String {
     if runs.is_empty() {
         return "no run".to_string();
     }
     let head =
         ["run", "state", "steps", "epochs", "train loss", "validation", "best", "tokens/s", "checkpoints"];
     let mut rows = vec![head.map(String::from)];
-    rows.extend(runs.iter().map(|run| {
-        [
-            run.name.clone(),
-            run.state.to_string(),
-            run.steps.to_string(),
-            format!("{:.2}", run.epochs),
-            number(run.train_loss),
-            number(run.last_validation.map(|(_, loss)| loss)),
-            at_step(run.best_validation),
-            format!("{:.0}", run.tokens_per_second),
-            run.checkpoints.len().to_string(),
-        ]
+    rows.extend(runs.iter().map(|run| match run {
+        Listed::Whole(run) => row(run),
+        Listed::Damaged(run) => {
+            [run.name.as_str(), run.state, "-", "-", "-", "-", "-", "-", "-"].map(String::from)
+        }
     }));
     aligned(&rows)
+}
+
+fn row(run: &RunReport) -> [String; 9] {
+    [
+        run.name.clone(),
+        run.state.to_string(),
+        run.steps.to_string(),
+        format!("{:.2}", run.epochs),
+        number(run.train_loss),
+        number(run.last_validation.map(|(_, loss)| loss)),
+        at_step(run.best_validation),
+        format!("{:.0}", run.tokens_per_second),
+        run.checkpoints.len().to_string(),
+    ]
 }
 
 fn told(run: &RunReport, recipe: &Recipe) -> String {
     let mut rows: Vec<[String; 2]> =
         figures(run).into_iter().map(|(name, value)| [name.to_string(), value]).collect();
-    rows.insert(1, ["folder".to_string(), run.folder.display().to_string()]);
+    rows.insert(1, ["folder".to_string(), run.folder.clone()]);
     let mut text = aligned(&rows);
     // A recipe that was read can be written.
     let _ = write!(text, "\n{}", toml::to_string(recipe).unwrap_or_default());
@@ -243,7 +327,7 @@ fn figures(run: &RunReport) -> Vec<(&'static str, String)> {
         ("run", run.name.clone()),
         ("state", run.state.to_string()),
         ("base", run.base.clone()),
-        ("dataset", run.dataset.display().to_string()),
+        ("dataset", run.dataset.clone()),
         ("steps", run.steps.to_string()),
         ("epochs", format!("{:.2}", run.epochs)),
         ("tokens", run.tokens.to_string()),
