@@ -70,7 +70,7 @@ pub struct PrepareArgs {
     pub out: Option<PathBuf>,
 
     /// Print so many examples with the supervised part marked, and write nothing.
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", conflicts_with = "json")]
     pub show: Option<usize>,
 
     /// Tolerate so many bad records of each source: they are left out and listed.
@@ -147,7 +147,7 @@ pub struct TrainArgs {
     pub resume: bool,
 
     /// Write a checkpoint after this step and end there, to be resumed later.
-    #[arg(long, value_name = "STEP")]
+    #[arg(long, value_name = "STEP", value_parser = clap::value_parser!(u64).range(1..))]
     pub stop_after: Option<u64>,
 
     /// Where the run's files go, in place of `checkpoints/runs/<name>`.
@@ -159,7 +159,7 @@ pub struct TrainArgs {
     pub device: DeviceChoice,
 
     /// Stay within so much GPU memory, in place of all that is free.
-    #[arg(long, value_name = "GIB")]
+    #[arg(long, value_name = "GIB", value_parser = gibibytes)]
     pub gpu_memory: Option<f64>,
 
     /// Print the summary as JSON.
@@ -478,4 +478,10 @@ pub enum RunsCommand {
         #[arg(required = true, num_args = 2..)]
         runs: Vec<PathBuf>,
     },
+}
+
+/// An amount of memory.
+fn gibibytes(text: &str) -> Result<f64, String> {
+    let gib: f64 = text.parse().map_err(|_| "not a number".to_string())?;
+    if gib.is_finite() && gib > 0.0 { Ok(gib) } else { Err("expected a number above 0".to_string()) }
 }

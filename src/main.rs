@@ -9,9 +9,9 @@ use granite::{commands, error, progress, threads};
 fn main() -> ExitCode {
     // A panic is a bug of ours, never an answer to input: it has an exit code of its own.
     std::panic::set_hook(Box::new(|info| {
-        eprintln!(
-            "error: this is a bug in granite: {info}\nhint: please report it with the command and its input"
-        );
+        progress::tell(format_args!(
+            "error: this is a bug in granite: {info}\nhint: please report it with the command and its input\n"
+        ));
     }));
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
@@ -27,7 +27,7 @@ fn main() -> ExitCode {
     match std::panic::catch_unwind(|| commands::run(cli.command)) {
         Ok(Ok(())) => ExitCode::SUCCESS,
         Ok(Err(failure)) => {
-            eprint!("{}", error::render(&failure));
+            progress::tell(error::render(&failure));
             ExitCode::from(1)
         }
         Err(_) => ExitCode::from(2),

@@ -2,9 +2,12 @@
 
 use std::fs;
 use std::io::Write as _;
+use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Result};
+
+use crate::error::user_error;
 
 /// How the names of unfinished folders begin.
 const INCOMPLETE: &str = ".granite-incomplete-";
@@ -66,6 +69,26 @@ fn put_back(aside: &Path, folder: &Path) -> std::io::Result<()> {
     Ok(())
 }
 
+/// That nothing of the user's would be lost: the destination is not there, is an empty folder, or is a folder that holds
+/// the files `marks`, which outputs of its kind have.
+///
+/// # Errors
+/// When something else stands there.
+pub fn ensure_replaceable(destination: &Path, marks: &[&str]) -> Result<()> {
+    let Ok(found) = fs::symlink_metadata(destination) else { return Ok(()) };
+    let is_empty = || fs::read_dir(destination).is_ok_and(|mut entries| entries.next().is_none());
+    let lacks = marks.iter().find(|mark| !destination.join(mark).is_file());
+    let what = match lacks {
+        _ if !destination.is_dir() && found.is_symlink() => "is a link that leads nowhere".to_string(),
+        _ if !destination.is_dir() => "is a file".to_string(),
+        Some(mark) if !is_empty() => {
+            format!("is there already and holds no `{mark}`: it is not ours to replace")
+        }
+        _ => return Ok(()),
+    };
+    Err(user_error(format!("`{}` {what}", destination.display()), "name another folder, or remove this one"))
+}
+
 /// A folder of a name of its own in `parent`, locked for as long as the file lives.
 fn temporary(parent: &Path, prefix: &str) -> std::io::Result<(tempfile::TempDir, fs::File)> {
     loop {
@@ -98,11 +121,15 @@ pub struct Staged {
 }
 
 impl Staged {
-    /// Begins a folder that will become `destination`. What killed processes left beside it is removed.
+    /// Begins a folder that will become `destination`; one that is there already will be replaced if it is
+    /// [replaceable](ensure_replaceable) by its `marks`. What killed processes left beside it is removed.
     ///
     /// # Errors
-    /// When the parent folder cannot be made or written.
-    pub fn folder(destination: &Path) -> Result<Self> {
+    /// When something else stands there, or the parent folder cannot be made or written.
+    pub fn folder(destination: &Path, marks: &[&str]) -> Result<Self> {
+        ensure_replaceable(destination, marks)?;
+        // Through a link: what it points to is replaced, not the link.
+        let destination = &fs::canonicalize(destination).unwrap_or_else(|_| destination.to_path_buf());
         let parent = parent_of(destination);
         fs::create_dir_all(&parent)
             .with_context(|| format!("cannot create folder `{}`", parent.display()))?;
@@ -174,7 +201,9 @@ pub fn write_file(destination: &Path, contents: &[u8]) -> Result<()> {
     let parent = parent_of(destination);
     let write = || -> std::io::Result<()> {
         fs::create_dir_all(&parent)?;
-        let mut file = tempfile::NamedTempFile::new_in(&parent)?;
+        // For everybody whom the user's mask lets read: a temporary file is its user's alone otherwise.
+        let mode = fs::Permissions::from_mode(0o666);
+        let mut file = tempfile::Builder::new().permissions(mode).tempfile_in(&parent)?;
         file.write_all(contents)?;
         file.as_file().sync_all()?;
         file.persist(destination).map_err(|error| error.error)?;
@@ -217,13 +246,13 @@ mod tests {
     fn a_folder_appears_whole_or_not_at_all() {
         let root = tempfile::tempdir().unwrap();
         let destination = root.path().join("deep/run");
-        let staged = Staged::folder(&destination).unwrap();
+        let staged = Staged::folder(&destination, &[]).unwrap();
         fs::write(staged.path().join("a"), "1").unwrap();
         assert!(!destination.exists());
         drop(staged);
         assert_eq!(fs::read_dir(root.path().join("deep")).unwrap().count(), 0, "nothing stays behind");
 
-        let staged = Staged::folder(&destination).unwrap();
+        let staged = Staged::folder(&destination, &[]).unwrap();
         fs::write(staged.path().join("a"), "1").unwrap();
         staged.commit().unwrap();
         assert_eq!(fs::read_to_string(destination.join("a")).unwrap(), "1");
@@ -234,7 +263,7 @@ mod tests {
         let root = tempfile::tempdir().unwrap();
         let destination = root.path().join("run");
         for name in ["old", "new"] {
-            let staged = Staged::folder(&destination).unwrap();
+            let staged = Staged::folder(&destination, &[]).unwrap();
             fs::write(staged.path().join(name), name).unwrap();
             staged.commit().unwrap();
         }
@@ -251,6 +280,34 @@ mod tests {
     }
 
     #[test]
+    fn what_is_not_ours_is_not_replaced() {
+        let root = tempfile::tempdir().unwrap();
+        let told = |name: &str| {
+            crate::error::render(&Staged::folder(&root.path().join(name), &["mark"]).unwrap_err())
+        };
+        fs::create_dir(root.path().join("thesis")).unwrap();
+        fs::write(root.path().join("thesis/text"), "").unwrap();
+        assert!(
+            told("thesis").contains("thesis` is there already and holds no `mark`"),
+            "{}",
+            told("thesis")
+        );
+        fs::write(root.path().join("file"), "").unwrap();
+        assert!(told("file").contains("is a file"));
+        std::os::unix::fs::symlink("nowhere", root.path().join("dangling")).unwrap();
+        assert!(told("dangling").contains("leads nowhere"));
+        fs::create_dir(root.path().join("empty")).unwrap();
+        drop(Staged::folder(&root.path().join("empty"), &["mark"]).unwrap());
+        fs::write(root.path().join("thesis/mark"), "").unwrap();
+        std::os::unix::fs::symlink("thesis", root.path().join("link")).unwrap();
+        let staged = Staged::folder(&root.path().join("link"), &["mark"]).unwrap();
+        fs::write(staged.path().join("new"), "").unwrap();
+        staged.commit().unwrap();
+        assert_eq!(names(&root.path().join("thesis")), ["new"]);
+        assert!(root.path().join("link").is_symlink());
+    }
+
+    #[test]
     fn what_a_killed_process_left_is_swept_away() {
         let root = tempfile::tempdir().unwrap();
         for name in [format!("{INCOMPLETE}a1"), format!("{REPLACED}b2"), "step-000002".to_string()] {
@@ -260,17 +317,17 @@ mod tests {
         sweep(root.path()).unwrap();
         assert_eq!(names(root.path()), ["inside", "step-000002"]);
         fs::create_dir_all(root.path().join(format!("{INCOMPLETE}c3"))).unwrap();
-        drop(Staged::folder(&root.path().join("next")).unwrap());
+        drop(Staged::folder(&root.path().join("next"), &[]).unwrap());
         assert_eq!(names(root.path()), ["inside", "step-000002"], "whoever writes there next sweeps too");
     }
 
     #[test]
     fn what_a_living_process_writes_stays() {
         let root = tempfile::tempdir().unwrap();
-        let staged = Staged::folder(&root.path().join("merged")).unwrap();
+        let staged = Staged::folder(&root.path().join("merged"), &[]).unwrap();
         fs::write(staged.path().join("a"), "1").unwrap();
         sweep(root.path()).unwrap();
-        drop(Staged::folder(&root.path().join("step-000002")).unwrap());
+        drop(Staged::folder(&root.path().join("step-000002"), &[]).unwrap());
         staged.commit().unwrap();
         assert_eq!(names(&root.path().join("merged")), ["a"]);
     }

@@ -1,5 +1,7 @@
 //! Progress of long work: a bar with rate and time left on a terminal, nothing elsewhere.
 
+use std::fmt;
+use std::io::Write as _;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
@@ -20,8 +22,13 @@ pub fn is_quiet() -> bool {
 /// Prints one line of talk on stderr, unless `--quiet`.
 pub fn note(text: impl AsRef<str>) {
     if !is_quiet() {
-        eprintln!("{}", text.as_ref());
+        tell(format_args!("{}\n", text.as_ref()));
     }
+}
+
+/// Prints to stderr as it stands. That nobody listens, or that a disk is full of talk, ends no work.
+pub fn tell(text: impl fmt::Display) {
+    let _ = write!(std::io::stderr().lock(), "{text}");
 }
 
 /// A bar over `total` items named `unit`, hidden when quiet or when stderr is no terminal.

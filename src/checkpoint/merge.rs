@@ -250,6 +250,12 @@ fn merge_one(
     let exact = update
         .as_ref()
         .map_or_else(|| weight.shallow_clone(), |update| &weight + update.to_kind(Kind::Float));
+    ensure!(
+        norm(&exact).is_finite(),
+        "`{name}` is no longer finite with the adapter of `{}`, whose scale is {:e}",
+        adapter.folder.display(),
+        adapter.spec.scale()
+    );
     let stored = Stored::of(&exact, &name, options.form)?;
     let rounding = norm(&(stored.value().to_device(options.device) - exact)) / size;
     Ok(MergedWeight { stored, step: step(update.map_or(0.0, |update| norm(&update)) / size, rounding) })

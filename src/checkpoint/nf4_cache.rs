@@ -232,7 +232,7 @@ impl Writer {
     fn begin(folder: &Path, config: &ModelConfig, base_hash: &str) -> Result<Self> {
         let weights = linear_weights(config);
         let (header, places) = header(&weights)?;
-        let staged = Staged::folder(folder)?;
+        let staged = Staged::folder(folder, &[])?;
         let path = staged.path().join(TENSORS);
         let file = File::create_new(&path).with_context(|| format!("cannot write `{}`", path.display()))?;
         file.write_all_at(&header, 0)?;

@@ -156,7 +156,10 @@ impl RunFolder {
         if metrics.exists() {
             fs::remove_file(&metrics).with_context(|| format!("cannot remove `{}`", metrics.display()))?;
         }
-        let text = toml::to_string(recipe).context("cannot write the recipe")?;
+        // A run's folder is shown around; a key is not.
+        let mut recipe = recipe.clone();
+        recipe.serve.api_key = None;
+        let text = toml::to_string(&recipe).context("cannot write the recipe")?;
         output::write_file(&self.path.join(RECIPE_FILE), text.as_bytes())
     }
 
@@ -221,7 +224,7 @@ impl RunFolder {
         base: &str,
         optimizer: &NamedTensors,
     ) -> Result<()> {
-        let staged = Staged::folder(&self.step(state.step))?;
+        let staged = Staged::folder(&self.step(state.step), &[])?;
         adapter::save(staged.path(), spec, adapter, base)?;
         tensor_file::write(&staged.path().join(OPTIMIZER_FILE), optimizer)?;
         let text = serde_json::to_string_pretty(state)? + "\n";

@@ -44,8 +44,10 @@ pub fn write(path: &Path, tensors: &NamedTensors) -> Result<()> {
         .collect::<Result<Vec<_>>>()?;
     // Readers of the Hugging Face family refuse a file that does not say which framework's layout it has.
     let metadata = HashMap::from([("format".to_string(), "pt".to_string())]);
-    safetensors::serialize_to_file(views, Some(metadata), path)
-        .with_context(|| format!("cannot write `{}`", path.display()))
+    let in_file = || format!("cannot write `{}`", path.display());
+    // Made here: the library's own file would be readable by its user alone.
+    std::fs::File::create(path).with_context(in_file)?;
+    safetensors::serialize_to_file(views, Some(metadata), path).with_context(in_file)
 }
 
 struct TensorBytes {

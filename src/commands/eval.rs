@@ -11,7 +11,7 @@ use serde::Serialize;
 use tch::Device;
 
 use crate::checkpoint::adapter;
-use crate::checkpoint::base::open_tokenizer;
+use crate::checkpoint::base::{BaseModel, open_tokenizer};
 use crate::checkpoint::open::{self, ModelChoice, OpenModel};
 use crate::checkpoint::run::RunFolder;
 use crate::cli::EvalArgs;
@@ -65,11 +65,6 @@ pub fn run(args: &EvalArgs) -> Result<()> {
 
     let with_dataset = with_models || recipe.eval.held_out.is_some();
     let held_out = if with_dataset { Some(HeldOutRows::open(&recipe)?) } else { None };
-    let mut identity = Identity::open(&out)?;
-    if !identity.is_new() {
-        note(format!("going on with what is in {}", out.display()));
-    }
-    identity.claim(&choices(args, &recipe, &subjects, with_dataset)?)?;
     let mut evaluation = Evaluation {
         recipe: &recipe,
         run_folder: run_folder.path(),
@@ -79,6 +74,13 @@ pub fn run(args: &EvalArgs) -> Result<()> {
         held_out,
     };
     evaluation.tasks = evaluation.open_tasks(args.limit)?;
+    // What is mended after an error so far is no other evaluation: nothing is claimed before.
+    subjects.iter().try_for_each(ensure_there)?;
+    let mut identity = Identity::open(&out)?;
+    if !identity.is_new() {
+        note(format!("going on with what is in {}", out.display()));
+    }
+    identity.claim(&choices(args, &recipe, &subjects, with_dataset)?)?;
 
     let (mut measured, mut reports) = (Vec::new(), Vec::new());
     for Named { name, subject } in &subjects {
@@ -136,6 +138,21 @@ fn subjects_of(args: &EvalArgs, run_folder: &Path) -> Result<Vec<Named>> {
         subjects.push(subject);
     }
     Ok(subjects)
+}
+
+/// That the folder that is named is one.
+fn ensure_there(subject: &Named) -> Result<()> {
+    let folder = match &subject.subject {
+        Subject::Model(ModelChoice::Folder(folder)) | Subject::Answers(folder) => folder,
+        Subject::Model(_) => return Ok(()),
+    };
+    if folder.exists() {
+        return Ok(());
+    }
+    Err(user_error(
+        format!("there is no folder `{}`", folder.display()),
+        "name `base`, `adapter`, `merged`, or the folder of a model, an adapter or answers",
+    ))
 }
 
 fn model_of(text: &str, run_folder: &Path) -> Result<Named> {
@@ -216,6 +233,7 @@ fn choices(
         Ok(())
     };
     add("spider", spider.as_ref().map(|spec| spec.path.as_path()), json(spider)?)?;
+    add("spider.tables", spider.as_ref().map(|spec| spec.tables.as_path()), String::new())?;
     add("convfinqa", convfinqa.as_ref().map(|spec| spec.path.as_path()), json(convfinqa)?)?;
     add("finqa", finqa.as_ref().map(|spec| spec.path.as_path()), json(finqa)?)?;
     for (name, spec) in [("gsm8k", gsm8k), ("humaneval", humaneval), ("mbpp", mbpp)] {
@@ -323,8 +341,13 @@ impl Evaluation<'_> {
         let tokenizer = ChatTokenizer::new(&base.tokenizer, &self.recipe.data.template)?;
         let HeldOutRows { dataset, rows } = self.held_out()?;
         dataset.check_tokenizer(&tokenizer)?;
-        identity
-            .claim(&[(format!("model `{name}`"), content_of(choice, &label, &base.hash, &tokenizer)?)])?;
+        let quantization = match choice {
+            ModelChoice::Base | ModelChoice::Adapter(_) => self.recipe.model.quantization,
+            ModelChoice::Merged | ModelChoice::Folder(_) => base.stored,
+        };
+        let held = format!("{} in {:?}", serde_json::to_string(&quantization)?, decoder.kind());
+        let content = content_of(choice, &format!("{label}, {held}"), &base, &tokenizer)?;
+        identity.claim(&[(format!("model `{name}`"), content)])?;
         let folder = results_of(out, name)?;
 
         let mut losses = Results::<RowLosses>::open(&folder.join(LOSSES))?;
@@ -452,8 +475,18 @@ fn sandbox() -> Result<Sandbox> {
 }
 
 /// Names the content of a model: another adapter of the same step is another model.
-fn content_of(choice: &ModelChoice, label: &str, hash: &str, tokenizer: &ChatTokenizer) -> Result<String> {
-    let weights = format!("{label}, weights {}, tokenizer {}", short(hash), short(tokenizer.hash()));
+fn content_of(
+    choice: &ModelChoice,
+    label: &str,
+    base: &BaseModel,
+    tokenizer: &ChatTokenizer,
+) -> Result<String> {
+    let weights = format!(
+        "{label}, weights {}, configuration {}, tokenizer {}",
+        short(&base.hash),
+        short(&base.config.hash()?),
+        short(tokenizer.hash())
+    );
     let folder = match choice {
         ModelChoice::Adapter(Some(folder)) | ModelChoice::Folder(folder) => folder,
         ModelChoice::Base | ModelChoice::Merged | ModelChoice::Adapter(None) => return Ok(weights),
@@ -462,7 +495,7 @@ fn content_of(choice: &ModelChoice, label: &str, hash: &str, tokenizer: &ChatTok
     if !file.exists() {
         return Ok(weights);
     }
-    Ok(format!("{weights}, adapter {}", hash_of(&file)?))
+    Ok(format!("{weights}, adapter {} {}", hash_of(&file)?, hash_of(&folder.join(adapter::CONFIG_FILE))?))
 }
 
 fn ask_one(

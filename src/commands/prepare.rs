@@ -17,7 +17,7 @@ use crate::data::screen::Finding;
 use crate::data::store::{self, Dataset, Split};
 use crate::data::tokenizer::{ChatTokenizer, Encoded, TokenizerFiles};
 use crate::data::trace::trace;
-use crate::output::Staged;
+use crate::output::{Staged, ensure_replaceable};
 use crate::progress::note;
 use crate::recipe::Recipe;
 
@@ -38,9 +38,11 @@ pub fn run(args: &PrepareArgs) -> Result<()> {
     if let Some(place) = args.trace {
         return tell_trace(args, &recipe, &files, place);
     }
+    let folder = args.out.as_deref().unwrap_or(&recipe.data.dataset);
+    // Before the work, and once more when it is written.
+    ensure_replaceable(folder, &[store::MANIFEST])?;
     let mut prepared = prepare(&recipe, &files, config.map(|config| config.vocab_size))?;
     let writing = Instant::now();
-    let folder = args.out.as_deref().unwrap_or(&recipe.data.dataset);
     write(folder, &prepared)?;
     prepared.seconds.push(("write", writing.elapsed().as_secs_f64()));
     let total = start.elapsed().as_secs_f64();
@@ -70,7 +72,7 @@ fn tell_trace(args: &PrepareArgs, recipe: &Recipe, files: &TokenizerFiles, place
 }
 
 fn write(folder: &Path, prepared: &Prepared) -> Result<()> {
-    let staged = Staged::folder(folder)?;
+    let staged = Staged::folder(folder, &[store::MANIFEST])?;
     let [(train, train_rows), (validation, validation_rows)] = &prepared.rows;
     let splits = [(*train, train_rows.as_slice()), (*validation, validation_rows.as_slice())];
     store::write(staged.path(), &prepared.manifest, splits, &prepared.examples)?;
@@ -95,7 +97,7 @@ fn lines(findings: &[Finding]) -> Result<Vec<u8>> {
 }
 
 fn print_json(folder: &Path, manifest: &Manifest, timings: Option<serde_json::Value>) -> Result<()> {
-    let mut summary = json!({ "dataset": folder, "manifest": manifest });
+    let mut summary = json!({ "dataset": folder.display().to_string(), "manifest": manifest });
     if let Some(timings) = timings {
         summary["timings"] = timings;
     }
@@ -233,6 +235,6 @@ fn timings(
     let stages: serde_json::Map<String, serde_json::Value> =
         prepared.seconds.iter().map(|(stage, seconds)| ((*stage).to_string(), json!(seconds))).collect();
     Ok(
-        json!({ "dataset": folder, "stages": stages, "total": total, "bare_encode_batch": bare, "ratio": ratio }),
+        json!({ "dataset": folder.display().to_string(), "stages": stages, "total": total, "bare_encode_batch": bare, "ratio": ratio }),
     )
 }

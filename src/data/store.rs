@@ -40,7 +40,8 @@ use crate::model::batch::Sequence;
 /// Rows that are compressed and decompressed together: few enough to read one at a time, enough to compress well.
 const ROWS_PER_GROUP: usize = 512;
 
-const MANIFEST: &str = "manifest.json";
+/// What a dataset's folder is known by.
+pub const MANIFEST: &str = "manifest.json";
 /// Duplicates and contaminated examples, one JSON object a line; written by `prepare`, read by people.
 pub const SCREENED: &str = "screened.jsonl";
 /// The page for people.

@@ -22,7 +22,7 @@ use crate::progress;
 /// Questions handed to an engine that answers `batch` at once; its queue must hold as many. The next ones wait there, so
 /// that a place that becomes free is taken while the answer that left it is judged.
 pub fn under_way(batch: usize) -> usize {
-    2 * batch
+    batch.saturating_mul(2)
 }
 
 /// How messages become tokens and tokens become text.

@@ -27,8 +27,14 @@ impl Identity {
     /// # Errors
     /// When the folder cannot be used, another process is measuring into it, or the file is damaged.
     pub fn open(folder: &Path) -> Result<Self> {
-        let lock = locked(folder)?;
         let path = folder.join(FILE);
+        if !path.exists() && folder.join("recipe.toml").exists() {
+            return Err(user_error(
+                format!("`{}` holds a run, whose report would be replaced", folder.display()),
+                "name a folder of its own with `--out`, within the run's if you like",
+            ));
+        }
+        let lock = locked(folder)?;
         let known = match std::fs::read(&path) {
             Ok(text) => serde_json::from_slice(&text)
                 .with_context(|| format!("cannot read `{}`", path.display()))

@@ -7,7 +7,7 @@ use std::str::FromStr;
 
 use anyhow::{Context as _, Result};
 
-use super::Recipe;
+use super::{Projection, Recipe};
 use crate::error::{is_missing_file, with_hint};
 
 /// What to do without a recipe.
@@ -147,7 +147,12 @@ impl Recipe {
                 "a number in (0, 1]",
             ),
             ("lora.rank", lora.rank.to_string(), COUNTS.contains(&lora.rank), "1 to 65536"),
-            ("lora.alpha", lora.alpha.to_string(), lora.alpha.is_finite(), "a number"),
+            (
+                "lora.alpha",
+                lora.alpha.to_string(),
+                lora.alpha != 0.0 && (lora.alpha as f32).is_finite(),
+                "a number of 32 bits, not 0: with 0 nothing would learn",
+            ),
             (
                 "lora.dropout",
                 self.lora.dropout.to_string(),
@@ -157,8 +162,8 @@ impl Recipe {
             (
                 "lora.targets",
                 format!("{:?}", self.lora.targets),
-                !self.lora.targets.is_empty(),
-                "at least one projection",
+                is_a_set(&self.lora.targets),
+                "at least one projection, each once",
             ),
             ("train.epochs", train.epochs.to_string(), is_positive(train.epochs), "a number above 0"),
             (
@@ -187,7 +192,13 @@ impl Recipe {
                 train.betas.iter().all(|beta| (0.0..1.0).contains(beta)),
                 "two numbers in [0, 1)",
             ),
-            ("train.eps", train.eps.to_string(), is_positive(train.eps), "a number above 0"),
+            (
+                "train.eps",
+                train.eps.to_string(),
+                train.eps as f32 > 0.0 && (train.eps as f32).is_finite(),
+                "a number above 0 in 32 bits",
+            ),
+            ("train.keep_last", train.keep_last.to_string(), train.keep_last > 0, "1 or more"),
             (
                 "train.weight_decay",
                 train.weight_decay.to_string(),
@@ -213,7 +224,9 @@ impl Recipe {
                 "a number above 0",
             ),
         ];
-        for (key, value, holds, expected) in rules {
+        let answers =
+            self.eval.answer_tokens().map(|(key, tokens)| (key, tokens.to_string(), tokens > 0, "1 or more"));
+        for (key, value, holds, expected) in rules.into_iter().chain(answers) {
             if !holds {
                 return Err(RecipeError::Range { path: path.to_path_buf(), key, value, expected });
             }
@@ -235,6 +248,10 @@ fn optional(value: Option<f64>) -> String {
 /// A number above zero, neither infinite nor NaN.
 fn is_positive(value: f64) -> bool {
     value > 0.0 && value.is_finite()
+}
+
+fn is_a_set(targets: &[Projection]) -> bool {
+    !targets.is_empty() && targets.iter().enumerate().all(|(at, one)| !targets[..at].contains(one))
 }
 
 fn is_share(value: f64) -> bool {

@@ -488,6 +488,24 @@ pub struct EvalSpec {
     pub mbpp: Option<TaskSpec>,
 }
 
+impl EvalSpec {
+    /// The longest answers of the tasks that there are, by key.
+    pub(super) fn answer_tokens(&self) -> impl Iterator<Item = (&'static str, usize)> {
+        let Self { seed: _, held_out, spider, convfinqa, finqa, gsm8k, humaneval, mbpp } = self;
+        [
+            ("eval.held_out.max_tokens", held_out.as_ref().map(|spec| spec.max_tokens)),
+            ("eval.spider.max_tokens", spider.as_ref().map(|spec| spec.max_tokens)),
+            ("eval.convfinqa.max_tokens", convfinqa.as_ref().map(|spec| spec.max_tokens)),
+            ("eval.finqa.max_tokens", finqa.as_ref().map(|spec| spec.max_tokens)),
+            ("eval.gsm8k.max_tokens", gsm8k.as_ref().map(|spec| spec.max_tokens)),
+            ("eval.humaneval.max_tokens", humaneval.as_ref().map(|spec| spec.max_tokens)),
+            ("eval.mbpp.max_tokens", mbpp.as_ref().map(|spec| spec.max_tokens)),
+        ]
+        .into_iter()
+        .filter_map(|(key, tokens)| Some((key, tokens?)))
+    }
+}
+
 impl Default for EvalSpec {
     fn default() -> Self {
         Self {

@@ -333,7 +333,7 @@ impl Cache {
         if self.table.as_ref() == Some(&table) {
             return Ok(());
         }
-        let staged = Staged::folder(folder)?;
+        let staged = Staged::folder(folder, &[])?;
         fs::write(staged.path().join(TABLE), serde_json::to_vec(&table)?)?;
         fs::write(staged.path().join(VECTORS), bytes)?;
         staged.commit().context("cannot write the index")

@@ -145,7 +145,7 @@ impl Plan {
         }
         let Recipe { model, lora, .. } = &self.recipe;
         json!({
-            "model": { "quantization": model.quantization, "hash": self.base.hash },
+            "model": { "quantization": model.quantization, "hash": self.base.hash, "config": self.base.config },
             "lora": lora,
             "train": train,
             "data": {

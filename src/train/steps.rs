@@ -243,7 +243,7 @@ impl<'scope, 'env> Training<'scope, 'env> {
         let ends = self.step == self.plan.steps;
         let (validates, mut saves) =
             (due(spec.eval_every) || ends, due(spec.save_every) || self.step == stop);
-        if self.step == self.plan.rate.warmup_steps() + 1 {
+        if self.step.checked_sub(1) == Some(self.plan.rate.warmup_steps()) {
             let at = self.at(false)?;
             let adapters = self.decoder.adapters().context("the decoder took no adapter")?;
             guard::moved(at, self.plan.rate.at(self.step - 1), adapters)?;

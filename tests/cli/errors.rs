@@ -177,3 +177,33 @@ fn a_bench_of_kernels_without_a_gpu() {
         );
     }
 }
+
+#[test]
+fn a_folder_that_is_not_ours_is_not_replaced() {
+    let folder = first_hour();
+    fs::create_dir(folder.path().join("papers")).unwrap();
+    fs::write(folder.path().join("papers/thesis.txt"), "years").unwrap();
+    let text = granite(folder.path(), &["prepare", "--recipe", "r.toml", "--out", "papers"]);
+    assert!(text.contains("`papers` is there already and holds no `manifest.json`"), "{text}");
+    let text = granite(folder.path(), &["prepare", "--recipe", "r.toml", "--out", "dolly.jsonl"]);
+    assert!(text.contains("`dolly.jsonl` is a file"), "{text}");
+    assert_eq!(fs::read(folder.path().join("papers/thesis.txt")).unwrap(), b"years");
+    assert!(folder.path().join("dolly.jsonl").is_file());
+}
+
+#[test]
+fn values_that_could_only_fail_later_are_refused_at_once() {
+    for (setting, part) in [
+        ("lora.alpha=0", "`lora.alpha` is 0, expected a number of 32 bits, not 0"),
+        ("lora.alpha=1e308", "`lora.alpha` is 1000"),
+        ("train.eps=1e-300", "a number above 0 in 32 bits"),
+        ("train.keep_last=0", "`train.keep_last` is 0, expected 1 or more"),
+        ("lora.targets=[\"q_proj\",\"q_proj\"]", "each once"),
+        ("eval.gsm8k.max_tokens=0", "`eval.gsm8k.max_tokens` is 0, expected 1 or more"),
+    ] {
+        let path = ["--set", "eval.gsm8k.path=\"x\""];
+        let arguments = ["train", "--recipe", "r.toml", "--set", setting, path[0], path[1]];
+        let text = told(|_| {}, &arguments);
+        assert!(text.contains(part), "{setting}: {text}");
+    }
+}

@@ -67,6 +67,16 @@ fn models_are_measured_side_by_side_and_gone_on_with() {
     );
     let text = place.refused(&["--model", "base", "--out", "e"]);
     assert!(text.contains("`base, adapter`, this one's is `base`"), "{text}");
+    // The same weights held, or scaled, in another way.
+    let text = with(&["--set", "model.quantization=none"]);
+    assert!(text.contains("whose model `base` is `base, \"nf4\" in Float"), "{text}");
+    let config = place.path("checkpoints/runs/r/step-000002/adapter_config.json");
+    let written_config = fs::read_to_string(&config).unwrap();
+    let alpha = written_config.lines().find(|line| line.contains("\"lora_alpha\"")).unwrap();
+    fs::write(&config, written_config.replace(alpha, "  \"lora_alpha\": 3,")).unwrap();
+    let text = with(&[]);
+    assert!(text.contains("whose model `adapter` is `adapter step-000002"), "{text}");
+    fs::write(&config, written_config).unwrap();
     // Another adapter under the same name.
     let step = place.path("checkpoints/runs/r/step-000002/adapter_model.safetensors");
     let mut weights = fs::read(&step).unwrap();
@@ -81,6 +91,16 @@ fn models_are_measured_side_by_side_and_gone_on_with() {
     assert!(done.status.success(), "{}", told(&done));
     let text = with(&[]);
     assert!(text.contains("whose dataset is `dataset (SHA-256 "), "{text}");
+}
+
+#[test]
+fn what_is_not_there_claims_no_folder() {
+    let place = Place::new();
+    let text = place.refused(&["--model", "typo", "--limit", "2"]);
+    assert!(text.contains("there is no folder `typo`"), "{text}");
+    assert!(!place.path("checkpoints/runs/r/eval-typo").exists());
+    let text = place.refused(&["--model", "base", "--out", "checkpoints/runs/r"]);
+    assert!(text.contains("holds a run, whose report would be replaced"), "{text}");
 }
 
 #[test]
@@ -154,7 +174,10 @@ fn given_answers_must_be_complete_and_readable() {
     let place = Place::bare();
     let refused = |name: &str| place.refused(&["--answers", name]);
     let text = refused("nowhere");
-    assert!(text.contains("`nowhere` holds no answers to any task of the recipe"), "{text}");
+    assert!(text.contains("there is no folder `nowhere`"), "{text}");
+    fs::create_dir(place.path("empty")).unwrap();
+    let text = refused("empty");
+    assert!(text.contains("`empty` holds no answers to any task of the recipe"), "{text}");
     let gold = gold();
     place.answer("short", &gold[..gold.len() - 2]);
     let text = refused("short");

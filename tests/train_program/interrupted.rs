@@ -71,3 +71,27 @@ fn sigkill_leaves_whole_checkpoints_only() {
     assert!(saved(&bench) >= 2);
     assert_goes_on(&bench);
 }
+
+#[test]
+fn asked_twice_it_ends_at_once_and_without_complaint() {
+    for pause in [0, 5, 20] {
+        let bench = Bench::new();
+        let child = begun(&bench, 1);
+        signal(&child, "INT");
+        std::thread::sleep(Duration::from_millis(pause));
+        signal(&child, "INT");
+        let output = child.wait_with_output().unwrap();
+        // A step may end between the two.
+        assert!(matches!(output.status.code(), Some(0 | 130)), "{}", told(&output));
+        assert!(!told(&output).contains("bug"), "{}", told(&output));
+    }
+}
+
+#[test]
+fn that_nobody_listens_ends_no_training() {
+    let bench = Bench::new();
+    let mut child = bench.command("train", &["--out", "run"]).stderr(Stdio::piped()).spawn().unwrap();
+    drop(child.stderr.take());
+    assert!(child.wait().unwrap().success());
+    assert_eq!(saved(&bench), 6);
+}

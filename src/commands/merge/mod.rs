@@ -133,7 +133,7 @@ impl Merge<'_> {
     fn write_all(&self, forms: &[Form], destination: &Path) -> Result<Vec<Written>> {
         let write = |(index, form): (usize, &Form)| {
             let destination = place(destination, index, *form);
-            let staged = Staged::folder(&destination)?;
+            let staged = Staged::folder(&destination, &[report::JSON])?;
             let options = MergeOptions { from: self.from, form: *form, device: self.device };
             let merged = merge::write(staged.path(), self.base, self.adapter, &options)
                 .with_context(|| format!("cannot merge to {}", form.name()))?;
@@ -213,7 +213,7 @@ fn finish(report: &MergeReport, written: Vec<Written>, destination: &Path) -> Re
         // Dropped, so that nothing stays of them.
         drop(written);
         let refused = beside(destination, "refused");
-        let staged = Staged::folder(&refused)?;
+        let staged = Staged::folder(&refused, &[report::JSON])?;
         report.write(staged.path())?;
         staged.commit()?;
         return Err(user_error(

@@ -16,7 +16,8 @@ use crate::progress::note;
 /// Version of the JSON; 2 has several forms and their divergence.
 pub const FORMAT_VERSION: u32 = 2;
 
-const JSON: &str = "merge_report.json";
+/// The report's file name, by which a merged folder is known.
+pub const JSON: &str = "merge_report.json";
 /// The page's file name.
 pub const PAGE: &str = "merge_report.html";
 
