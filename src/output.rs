@@ -355,6 +355,16 @@ mod tests {
     }
 
     #[test]
+    fn a_file_is_as_readable_as_the_user_s_mask_says() {
+        let root = tempfile::tempdir().unwrap();
+        let [written, plain] = ["written", "plain"].map(|name| root.path().join(name));
+        write_file(&written, b"x").unwrap();
+        fs::write(&plain, b"x").unwrap();
+        let readable_as = |path: &Path| fs::metadata(path).unwrap().permissions();
+        assert_eq!(readable_as(&written), readable_as(&plain));
+    }
+
+    #[test]
     fn a_file_that_cannot_be_written_names_itself() {
         let root = tempfile::tempdir().unwrap();
         fs::write(root.path().join("file"), "x").unwrap();

@@ -2,6 +2,7 @@
 
 use std::borrow::Cow;
 use std::collections::{BTreeMap, HashMap};
+use std::fs::{self, File};
 use std::path::Path;
 
 use anyhow::{Context as _, Result, bail};
@@ -45,9 +46,11 @@ pub fn write(path: &Path, tensors: &NamedTensors) -> Result<()> {
     // Readers of the Hugging Face family refuse a file that does not say which framework's layout it has.
     let metadata = HashMap::from([("format".to_string(), "pt".to_string())]);
     let in_file = || format!("cannot write `{}`", path.display());
-    // Made here: the library's own file would be readable by its user alone.
-    std::fs::File::create(path).with_context(in_file)?;
-    safetensors::serialize_to_file(views, Some(metadata), path).with_context(in_file)
+    // The library's file is readable by its user alone: it gets what the user's mask gives a file.
+    let of_the_mask =
+        File::create(path).and_then(|file| file.metadata()).with_context(in_file)?.permissions();
+    safetensors::serialize_to_file(views, Some(metadata), path).with_context(in_file)?;
+    fs::set_permissions(path, of_the_mask).with_context(in_file)
 }
 
 struct TensorBytes {
@@ -130,6 +133,10 @@ mod tests {
         }
         write(&path, &read_back).unwrap();
         assert_eq!(std::fs::read(&path).unwrap(), first);
+        let plain = folder.path().join("plain");
+        fs::write(&plain, "").unwrap();
+        let readable_as = |path: &Path| fs::metadata(path).unwrap().permissions();
+        assert_eq!(readable_as(&path), readable_as(&plain));
     }
 
     #[test]
