@@ -97,8 +97,8 @@ fn temporary(parent: &Path, prefix: &str) -> std::io::Result<(tempfile::TempDir,
         // One that was swept away between the two lines is made again.
         match alive {
             Ok(alive) => {
-                // Where there are no locks nobody else can tell; it is as safe as it can be.
-                let _ = alive.try_lock();
+                // Waits for one that is sweeping it away. Where there are no locks it is as safe as it can be.
+                let _ = alive.lock();
                 if folder.path().exists() {
                     return Ok((folder, alive));
                 }

@@ -122,7 +122,8 @@ pub struct Decoder {
 struct Adapters {
     spec: LoraSpec,
     params: ParamSet,
-    /// The same in the activations' dtype, flat; in f32, and once prepared, the parameters themselves.
+    /// The same in the activations' dtype, flat; in f32, and once prepared, the parameters themselves. On the host beside
+    /// them where the passes fetch a layer's part at a time.
     copies: Tensor,
 }
 
