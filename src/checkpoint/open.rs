@@ -49,6 +49,8 @@ pub struct OpenModel {
     pub decoder: Decoder,
     /// Where they come from, with the tokenizer.
     pub base: BaseModel,
+    /// How the decoder holds its weights.
+    pub quantization: Quantization,
     /// How to call it in reports: `base`, `adapter step-000500`, `merged`, or the folder.
     pub label: String,
 }
@@ -151,7 +153,7 @@ fn load(base: BaseModel, quantization: Quantization, label: String, place: Place
     let options = LoadOptions { quantization, device, precision };
     let decoder = Decoder::load(base.tensors.as_ref(), &base.config, &options)
         .with_context(|| format!("cannot load model `{}`", base.path.display()))?;
-    Ok(OpenModel { decoder, base, label })
+    Ok(OpenModel { decoder, base, quantization, label })
 }
 
 #[cfg(test)]

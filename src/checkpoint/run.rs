@@ -71,6 +71,11 @@ impl Validations {
         self.since += 1;
         false
     }
+
+    /// Whether they have not improved for as long as `patience` allows; never, where that is 0.
+    pub fn ends(&self, patience: u64) -> bool {
+        patience > 0 && self.since >= patience
+    }
 }
 
 impl State {

@@ -8,10 +8,12 @@ use std::time::Instant;
 
 use anyhow::{Context as _, Result};
 use serde::Serialize;
+use sha2::{Digest as _, Sha256};
 use tch::Device;
 
 use crate::checkpoint::adapter;
 use crate::checkpoint::base::{BaseModel, open_tokenizer};
+use crate::checkpoint::fingerprint::hex;
 use crate::checkpoint::open::{self, ModelChoice, OpenModel};
 use crate::checkpoint::run::RunFolder;
 use crate::cli::EvalArgs;
@@ -233,7 +235,8 @@ fn choices(
         Ok(())
     };
     add("spider", spider.as_ref().map(|spec| spec.path.as_path()), json(spider)?)?;
-    add("spider.tables", spider.as_ref().map(|spec| spec.tables.as_path()), String::new())?;
+    let tables = spider.as_ref().map(|spec| spec.tables.as_path());
+    add("spider.tables", tables, json(&tables)?)?;
     add("convfinqa", convfinqa.as_ref().map(|spec| spec.path.as_path()), json(convfinqa)?)?;
     add("finqa", finqa.as_ref().map(|spec| spec.path.as_path()), json(finqa)?)?;
     for (name, spec) in [("gsm8k", gsm8k), ("humaneval", humaneval), ("mbpp", mbpp)] {
@@ -336,15 +339,11 @@ impl Evaluation<'_> {
         out: &Path,
         identity: &mut Identity,
     ) -> Result<(Measured, ModelReport)> {
-        let OpenModel { decoder, base, label } =
+        let OpenModel { decoder, base, quantization, label } =
             open::open(self.recipe, choice, self.run_folder, self.device)?;
         let tokenizer = ChatTokenizer::new(&base.tokenizer, &self.recipe.data.template)?;
         let HeldOutRows { dataset, rows } = self.held_out()?;
         dataset.check_tokenizer(&tokenizer)?;
-        let quantization = match choice {
-            ModelChoice::Base | ModelChoice::Adapter(_) => self.recipe.model.quantization,
-            ModelChoice::Merged | ModelChoice::Folder(_) => base.stored,
-        };
         let held = format!("{} in {:?}", serde_json::to_string(&quantization)?, decoder.kind());
         let content = content_of(choice, &format!("{label}, {held}"), &base, &tokenizer)?;
         identity.claim(&[(format!("model `{name}`"), content)])?;
@@ -484,7 +483,7 @@ fn content_of(
     let weights = format!(
         "{label}, weights {}, configuration {}, tokenizer {}",
         short(&base.hash),
-        short(&base.config.hash()?),
+        short(&hex(&Sha256::digest(serde_json::to_vec(&base.config)?))),
         short(tokenizer.hash())
     );
     let folder = match choice {

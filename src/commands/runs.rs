@@ -225,9 +225,8 @@ fn counted(validations: &[(u64, f64)]) -> Validations {
 
 /// Whether a training has nothing left to do: by its steps, or because its loss has not fallen for long enough.
 fn is_over(train: &TrainSpec, taken: u64, epochs: f64, counted: Validations) -> bool {
-    let patience = train.early_stopping_patience;
-    let is_early = patience > 0 && counted.since >= patience;
-    is_early || train.max_steps.map_or(epochs >= train.epochs, |all| taken >= all)
+    counted.ends(train.early_stopping_patience)
+        || train.max_steps.map_or(epochs >= train.epochs, |all| taken >= all)
 }
 
 fn compared(read: Vec<(RunReport, Recipe)>) -> Compared {

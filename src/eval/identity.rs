@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Result};
 
+use crate::checkpoint::run::RunFolder;
 use crate::error::{HintExt as _, user_error};
 use crate::output;
 
@@ -28,7 +29,7 @@ impl Identity {
     /// When the folder cannot be used, another process is measuring into it, or the file is damaged.
     pub fn open(folder: &Path) -> Result<Self> {
         let path = folder.join(FILE);
-        if !path.exists() && folder.join("recipe.toml").exists() {
+        if !path.exists() && RunFolder::at(folder).is_begun() {
             return Err(user_error(
                 format!("`{}` holds a run, whose report would be replaced", folder.display()),
                 "name a folder of its own with `--out`, within the run's if you like",

@@ -8,7 +8,6 @@ use std::path::Path;
 use anyhow::{Context as _, Result, bail, ensure};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
-use sha2::{Digest as _, Sha256};
 
 use crate::error::{HintExt as _, user_error};
 
@@ -94,15 +93,6 @@ impl ModelConfig {
             Projection::GateProj | Projection::UpProj => [inter, hidden],
             Projection::DownProj => [hidden, inter],
         }
-    }
-
-    /// SHA-256 of all that it says: two models of the same weights may differ in a multiplier.
-    ///
-    /// # Errors
-    /// When it cannot be written down.
-    pub fn hash(&self) -> Result<String> {
-        let digest = Sha256::digest(serde_json::to_vec(self)?);
-        Ok(digest.iter().map(|byte| format!("{byte:02x}")).collect())
     }
 
     /// Elements of all tensors of a checkpoint.

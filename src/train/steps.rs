@@ -162,8 +162,7 @@ impl<'scope, 'env> Training<'scope, 'env> {
 
     /// Whether validations have not improved for as long as the recipe allows.
     fn is_stopped_early(&self) -> bool {
-        let patience = self.plan.recipe.train.early_stopping_patience;
-        patience > 0 && self.validations.since >= patience
+        self.validations.ends(self.plan.recipe.train.early_stopping_patience)
     }
 
     /// Where the run stands. When it is about to end badly, the checkpoint that is being written is waited for, so that the

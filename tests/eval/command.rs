@@ -93,6 +93,17 @@ fn models_are_measured_side_by_side_and_gone_on_with() {
     assert!(text.contains("whose dataset is `dataset (SHA-256 "), "{text}");
 }
 
+/// The folder of an adapter is a model over the recipe's base, held as the recipe says.
+#[test]
+fn an_adapter_s_folder_is_known_by_how_its_base_is_held() {
+    let place = Place::new();
+    let arguments = ["--model", "checkpoints/runs/r/step-000002", "--limit", "1", "--out", "f"];
+    let done = place.granite(&[&["eval"][..], &arguments].concat());
+    assert!(done.status.success(), "{}", told(&done));
+    let text = place.refused(&[&arguments[..], &["--set", "model.quantization=none"]].concat());
+    assert!(text.contains("\"nf4\" in Float") && text.contains("\"none\" in Float"), "{text}");
+}
+
 #[test]
 fn what_is_not_there_claims_no_folder() {
     let place = Place::new();
