@@ -9,13 +9,13 @@ use anyhow::{Context as _, Result};
 
 use crate::error::user_error;
 
-/// How the names of unfinished folders begin.
+/// How the names of unfinished files and folders begin, and of those that are being removed.
 const INCOMPLETE: &str = ".granite-incomplete-";
 /// How the names of folders begin that hold what is being replaced.
 const REPLACED: &str = ".granite-replaced-";
 
-/// Removes what processes that were killed left unfinished in a folder; what a living one writes there stays. A folder
-/// that was taken out of its place and never replaced goes back.
+/// Removes what processes that were killed left unfinished in a folder, or left to be removed; what a living one writes
+/// there stays. A folder that was taken out of its place and never replaced goes back.
 ///
 /// # Errors
 /// When the folder cannot be read, or one cannot be removed.
@@ -33,6 +33,9 @@ pub fn sweep(folder: &Path) -> Result<()> {
         let remove = || -> std::io::Result<()> {
             // Held until it is gone, so that whoever made it this moment makes another.
             let Some(_claimed) = claimed(&path)? else { return Ok(()) };
+            if !path.is_dir() {
+                return fs::remove_file(&path);
+            }
             if name.starts_with(REPLACED) {
                 put_back(&path, folder)?;
             }
@@ -47,9 +50,9 @@ pub fn sweep(folder: &Path) -> Result<()> {
     Ok(())
 }
 
-/// The folder's lock, which ends with its process; `None` while another process holds it.
-fn claimed(folder: &Path) -> std::io::Result<Option<fs::File>> {
-    let file = fs::File::open(folder)?;
+/// The lock of a file or folder, which ends with its process; `None` while another process holds it.
+fn claimed(path: &Path) -> std::io::Result<Option<fs::File>> {
+    let file = fs::File::open(path)?;
     match file.try_lock() {
         Err(fs::TryLockError::WouldBlock) => Ok(None),
         // A file system without locks: what cannot be told is taken for abandoned.
@@ -107,6 +110,33 @@ fn temporary(parent: &Path, prefix: &str) -> std::io::Result<(tempfile::TempDir,
             Err(error) => return Err(error),
         }
     }
+}
+
+/// A file of a name of its own in `parent`, locked for as long as it is open, and readable for everybody whom the user's
+/// mask lets read: a temporary file is its user's alone otherwise.
+fn temporary_file(parent: &Path) -> std::io::Result<tempfile::NamedTempFile> {
+    let mode = fs::Permissions::from_mode(0o666);
+    loop {
+        let file = tempfile::Builder::new().prefix(INCOMPLETE).permissions(mode.clone()).tempfile_in(parent)?;
+        let _ = file.as_file().lock();
+        if file.path().exists() {
+            return Ok(file);
+        }
+    }
+}
+
+/// Removes a folder of ours. It leaves its place at once and whole; what is left of it when the process is killed
+/// meanwhile is [swept](sweep) away.
+///
+/// # Errors
+/// When it cannot be removed.
+pub fn remove_folder(folder: &Path) -> Result<()> {
+    let remove = || -> std::io::Result<()> {
+        let (aside, _alive) = temporary(&parent_of(folder), INCOMPLETE)?;
+        fs::rename(folder, aside.path().join(folder.file_name().unwrap_or_default()))?;
+        aside.close()
+    };
+    remove().with_context(|| format!("cannot remove `{}`", folder.display()))
 }
 
 /// A folder that is written under a temporary name beside its destination and appears on [`commit`](Staged::commit).
@@ -201,9 +231,7 @@ pub fn write_file(destination: &Path, contents: &[u8]) -> Result<()> {
     let parent = parent_of(destination);
     let write = || -> std::io::Result<()> {
         fs::create_dir_all(&parent)?;
-        // For everybody whom the user's mask lets read: a temporary file is its user's alone otherwise.
-        let mode = fs::Permissions::from_mode(0o666);
-        let mut file = tempfile::Builder::new().permissions(mode).tempfile_in(&parent)?;
+        let mut file = temporary_file(&parent)?;
         file.write_all(contents)?;
         file.as_file().sync_all()?;
         file.persist(destination).map_err(|error| error.error)?;
@@ -317,6 +345,7 @@ mod tests {
         sweep(root.path()).unwrap();
         assert_eq!(names(root.path()), ["inside", "step-000002"]);
         fs::create_dir_all(root.path().join(format!("{INCOMPLETE}c3"))).unwrap();
+        fs::write(root.path().join(format!("{INCOMPLETE}d4")), "half").unwrap();
         drop(Staged::folder(&root.path().join("next"), &[]).unwrap());
         assert_eq!(names(root.path()), ["inside", "step-000002"], "whoever writes there next sweeps too");
     }
@@ -326,10 +355,23 @@ mod tests {
         let root = tempfile::tempdir().unwrap();
         let staged = Staged::folder(&root.path().join("merged"), &[]).unwrap();
         fs::write(staged.path().join("a"), "1").unwrap();
+        let file = temporary_file(root.path()).unwrap();
         sweep(root.path()).unwrap();
         drop(Staged::folder(&root.path().join("step-000002"), &[]).unwrap());
+        assert!(file.path().exists());
         staged.commit().unwrap();
         assert_eq!(names(&root.path().join("merged")), ["a"]);
+    }
+
+    #[test]
+    fn a_folder_is_removed_with_all_that_is_in_it() {
+        let root = tempfile::tempdir().unwrap();
+        fs::create_dir_all(root.path().join("step-000002/inside")).unwrap();
+        remove_folder(&root.path().join("step-000002")).unwrap();
+        assert_eq!(names(root.path()), Vec::<String>::new());
+        let told = format!("{:#}", remove_folder(&root.path().join("step-000002")).unwrap_err());
+        assert!(told.contains("cannot remove") && told.contains("step-000002"), "{told}");
+        assert_eq!(names(root.path()), Vec::<String>::new());
     }
 
     #[test]

@@ -53,6 +53,8 @@ def load_form(folder: Path) -> torch.nn.Module:
             assert state.nested and state.quant_type == "nf4" and state.blocksize == 64, vars(state)
             state.dtype = module.compute_dtype = torch.float32
             module.compute_type_is_set = True
+            # Its kernel for processors with AVX512-BF16 rounds to bf16 whatever the compute dtype.
+            module.support_avx512bf16_for_cpu = False
     return model
 
 

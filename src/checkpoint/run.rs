@@ -272,8 +272,7 @@ impl RunFolder {
         steps.retain(|step| Some(*step) != best);
         let surplus = steps.len().saturating_sub(keep.max(1));
         for step in &steps[..surplus] {
-            let folder = self.step(*step);
-            fs::remove_dir_all(&folder).with_context(|| format!("cannot remove `{}`", folder.display()))?;
+            output::remove_folder(&self.step(*step))?;
         }
         Ok(())
     }

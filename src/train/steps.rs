@@ -114,6 +114,9 @@ impl<'scope, 'env> Training<'scope, 'env> {
         self.validations = state.validations;
         self.saved = Some(state.step);
         self.saver.goes_on_from(state.step);
+        // A process that was killed between a checkpoint and the end of its tidying left older ones.
+        let Keep { last, best } = self.keep();
+        self.options.folder.prune(last, best)?;
         progress::note(format!("resuming after step {} of {}", state.step, self.plan.steps));
         Ok(())
     }
@@ -297,11 +300,15 @@ impl<'scope, 'env> Training<'scope, 'env> {
             self.plan.identity(),
             tch::get_num_threads(),
         );
-        let spec = &self.plan.recipe.train;
-        let best = self.validations.best.filter(|_| spec.keeps_best()).map(|(step, _)| step);
-        self.saver.begin(state, adapters, &self.optimizer.state(), Keep { last: spec.keep_last, best })?;
+        self.saver.begin(state, adapters, &self.optimizer.state(), self.keep())?;
         self.saved = Some(self.step);
         Ok(())
+    }
+
+    fn keep(&self) -> Keep {
+        let spec = &self.plan.recipe.train;
+        let best = self.validations.best.filter(|_| spec.keeps_best()).map(|(step, _)| step);
+        Keep { last: spec.keep_last, best }
     }
 
     fn finish(mut self) -> Result<Summary> {

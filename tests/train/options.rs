@@ -96,6 +96,16 @@ fn the_best_survives_a_resume() {
 }
 
 #[test]
+fn checkpoints_that_a_killed_process_was_to_remove_go_with_the_next() {
+    let bench = Bench::new();
+    let end = |keep| ["train.save_every=1", "train.max_steps=4", keep];
+    bench.run("run", &end("train.keep_last=4"), How::default()).unwrap();
+    assert_eq!(checkpoints(&bench, "run"), [1, 2, 3, 4]);
+    let again = bench.run("run", &end("train.keep_last=2"), How::RESUMED).unwrap();
+    assert_eq!((again.tokens, checkpoints(&bench, "run")), (0, vec![3, 4]));
+}
+
+#[test]
 fn an_adapter_that_cannot_move_ends_the_run() {
     let bench = Bench::new();
     let told = bench.refusal("run", &["train.lr=1e-300", "train.warmup=2"], How::default());
