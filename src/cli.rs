@@ -204,6 +204,10 @@ pub struct MergeArgs {
     #[arg(long, value_enum, default_value_t = MergeBase::Dequantized)]
     pub base: MergeBase,
 
+    /// Accept a base model that the adapter was not trained on.
+    #[arg(long)]
+    pub any_base: bool,
+
     /// How to store the merged weights; several, with commas, are written side by side: `merged`, `merged-nf4`.
     #[arg(long, value_enum, value_delimiter = ',', default_value = "bf16")]
     pub dtype: Vec<MergeDtype>,

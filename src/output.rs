@@ -117,7 +117,8 @@ fn temporary(parent: &Path, prefix: &str) -> std::io::Result<(tempfile::TempDir,
 fn temporary_file(parent: &Path) -> std::io::Result<tempfile::NamedTempFile> {
     let mode = fs::Permissions::from_mode(0o666);
     loop {
-        let file = tempfile::Builder::new().prefix(INCOMPLETE).permissions(mode.clone()).tempfile_in(parent)?;
+        let file =
+            tempfile::Builder::new().prefix(INCOMPLETE).permissions(mode.clone()).tempfile_in(parent)?;
         let _ = file.as_file().lock();
         if file.path().exists() {
             return Ok(file);

@@ -7,9 +7,10 @@ use anyhow::{Context as _, Result};
 use tch::Device;
 
 use super::base::BaseModel;
-use super::{adapter, nf4_cache};
+use super::{adapter, nf4_cache, run};
 use crate::error::user_error;
 use crate::model::decoder::{Decoder, LoadOptions, Precision};
+use crate::progress;
 use crate::recipe::{Quantization, Recipe};
 
 /// The folder of a run that `granite merge` writes.
@@ -124,10 +125,33 @@ fn open_adapter(recipe: &Recipe, folder: &Path, place: Place) -> Result<OpenMode
     // First: a damaged adapter is told before minutes are spent on the base model.
     let adapter = adapter::load(folder)?;
     let mut model = open_base(recipe, place)?;
+    if let Some(difference) = other_base(folder, &model.base, model.quantization) {
+        progress::note(format!("warning: {difference}"));
+    }
     adapter.apply(&mut model.decoder)?;
     let step = folder.file_name().unwrap_or(folder.as_os_str());
     model.label = format!("adapter {}", step.display());
     Ok(model)
+}
+
+/// How the base model differs from the one that an adapter of ours was trained on, both named; `None` where it does not,
+/// and for an adapter from elsewhere.
+pub fn other_base(adapter: &Path, base: &BaseModel, quantization: Quantization) -> Option<String> {
+    let trained = run::trained_on(adapter)?;
+    let short = |hash: &str| hash.chars().take(12).collect::<String>();
+    let (folder, path) = (adapter.display(), base.path.display());
+    if trained.hash != base.hash {
+        let (one, other) = (short(&trained.hash), short(&base.hash));
+        return Some(format!(
+            "adapter `{folder}` was trained on weights of hash {one}, `{path}` has {other}"
+        ));
+    }
+    (trained.quantization != quantization).then(|| {
+        let held = trained.quantization;
+        format!(
+            "adapter `{folder}` was trained with `model.quantization` = {held}, the recipe says {quantization}"
+        )
+    })
 }
 
 fn open_merged(run_folder: &Path, place: Place) -> Result<OpenModel> {

@@ -11,7 +11,7 @@ use super::tensor_file::{self, NamedTensors};
 use crate::error::user_error;
 use crate::model::params::ParamSet;
 use crate::output::{self, Staged};
-use crate::recipe::{LoraSpec, Recipe};
+use crate::recipe::{LoraSpec, Quantization, Recipe};
 
 /// Where runs are kept.
 pub const RUNS: &str = "checkpoints/runs";
@@ -50,6 +50,22 @@ pub struct State {
     pub identity: serde_json::Value,
     /// Threads of the tensor library: another number may round differently.
     pub threads: i32,
+}
+
+/// The base model that a checkpoint's adapter learned on.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+pub struct TrainedOn {
+    /// A hash of the weights.
+    pub hash: String,
+    /// How they were held.
+    pub quantization: Quantization,
+}
+
+/// What a checkpoint's state says of its base; `None` for an adapter without one, from elsewhere.
+pub fn trained_on(checkpoint: &Path) -> Option<TrainedOn> {
+    let text = fs::read_to_string(checkpoint.join(STATE_FILE)).ok()?;
+    let mut state: serde_json::Value = serde_json::from_str(&text).ok()?;
+    serde_json::from_value(state.pointer_mut("/identity/model")?.take()).ok()
 }
 
 /// The least validation loss of a run, and what came after it.

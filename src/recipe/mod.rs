@@ -9,6 +9,7 @@ mod sources;
 pub use load::{Override, RecipeError};
 pub use sources::{CardSpec, ConvFinQaSpec, ConvFinQaTarget, Paths, SourceSpec, SourcesSpec, SpiderSpec};
 
+use std::fmt;
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
@@ -61,6 +62,15 @@ pub enum Quantization {
     Nf4,
     /// As stored.
     None,
+}
+
+impl fmt::Display for Quantization {
+    fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
+        out.write_str(match self {
+            Self::Nf4 => "nf4",
+            Self::None => "none",
+        })
+    }
 }
 
 /// Where the examples come from and how they become rows.

@@ -35,6 +35,45 @@ fn forms_are_written_side_by_side_and_held_against_what_was_trained() {
 }
 
 #[test]
+fn an_adapter_is_merged_with_the_base_that_it_learned_on() {
+    let place = Place::new();
+    let stored = ["--set", "model.quantization=none"];
+    let refused = place.granite(&[&["merge"][..], &stored].concat());
+    let text = told(&refused);
+    assert_eq!(refused.status.code(), Some(1), "{text}");
+    assert!(text.contains("was trained with `model.quantization` = nf4, the recipe says none"), "{text}");
+    assert!(text.contains("accept these with `--any-base`"), "{text}");
+
+    // Other weights of the same shapes.
+    let other = place.path("other");
+    fs::create_dir(&other).unwrap();
+    for entry in fs::read_dir(place.path("checkpoints/runs/r/step-000002")).unwrap() {
+        let path = entry.unwrap().path();
+        fs::copy(&path, other.join(path.file_name().unwrap())).unwrap();
+    }
+    let state = fs::read_to_string(other.join("state.json")).unwrap();
+    let mut state: Value = serde_json::from_str(&state).unwrap();
+    state["identity"]["model"]["hash"] = "0123456789abcdef".into();
+    fs::write(other.join("state.json"), state.to_string()).unwrap();
+    let adapter = ["--adapter", "other", "--rows", "0"];
+    let text = told(&place.granite(&[&["merge"][..], &adapter].concat()));
+    assert!(text.contains("adapter `other` was trained on weights of hash 0123456789ab, `"), "{text}");
+    let accepted = place.granite(&[&["merge", "--any-base"][..], &adapter].concat());
+    assert!(accepted.status.success(), "{}", told(&accepted));
+
+    let evaluated = place.granite(&["eval", "--model", "other", "--out", "evaluated", "--limit", "1"]);
+    assert!(
+        told(&evaluated).contains("warning: adapter `other` was trained on weights"),
+        "{}",
+        told(&evaluated)
+    );
+    // From elsewhere nothing is known, and nothing said.
+    fs::remove_file(other.join("state.json")).unwrap();
+    let silent = place.granite(&[&["merge"][..], &adapter].concat());
+    assert!(silent.status.success() && !told(&silent).contains("trained on"), "{}", told(&silent));
+}
+
+#[test]
 fn a_form_beyond_a_limit_leaves_a_report_and_nothing_merged() {
     let place = Place::new();
     let output = place.granite(&["merge", "--dtype", "fp32,nf4", "--rows", "3", "--max-kl", "1e-9"]);

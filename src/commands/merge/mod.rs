@@ -67,6 +67,14 @@ pub fn run(args: &MergeArgs) -> Result<()> {
     let destination = args.out.clone().unwrap_or_else(|| run_folder.path().join(MERGED));
     let adapter = adapter::load(&folder)?;
     let base = BaseModel::open(&recipe.model.base)?.with_nf4_cache(Path::new(nf4_cache::DEFAULT_FOLDER));
+    if let Some(difference) =
+        open::other_base(&folder, &base, recipe.model.quantization).filter(|_| !args.any_base)
+    {
+        return Err(user_error(
+            difference,
+            "merge with the base model and the quantization of the run's recipe, or accept these with `--any-base`",
+        ));
+    }
     let rows = held_out(&recipe, &base, args.rows)?;
     ensure_measurable(&limits, rows.is_some())?;
     let from = starting_point(&recipe, args.base);
