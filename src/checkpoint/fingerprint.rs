@@ -2,6 +2,8 @@
 
 use sha2::{Digest as _, Sha256};
 
+use crate::hex::hex;
+
 /// Windows of a tensor that are read, spread evenly from its first byte to its last.
 const WINDOWS: usize = 8;
 
@@ -34,9 +36,4 @@ impl Fingerprint {
     pub fn finish(self) -> String {
         hex(&self.hash.finalize())
     }
-}
-
-/// Lower-case hex.
-pub fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }

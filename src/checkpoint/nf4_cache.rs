@@ -22,9 +22,9 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
 use tch::{Device, Tensor};
 
-use super::fingerprint::hex;
 use super::hugging_face::read_json;
 use super::safetensors::MappedTensors;
+use crate::hex::hex;
 use crate::kernels::dynamic_map::dynamic_map;
 use crate::kernels::host;
 use crate::kernels::nf4::{BLOCK, NESTED_BLOCK, Nf4Weight};

@@ -9,6 +9,7 @@ use tch::Device;
 use super::base::BaseModel;
 use super::{adapter, nf4_cache, run};
 use crate::error::user_error;
+use crate::hex::short;
 use crate::model::decoder::{Decoder, LoadOptions, Precision};
 use crate::progress;
 use crate::recipe::{Quantization, Recipe};
@@ -138,7 +139,6 @@ fn open_adapter(recipe: &Recipe, folder: &Path, place: Place) -> Result<OpenMode
 /// and for an adapter from elsewhere.
 pub fn other_base(adapter: &Path, base: &BaseModel, quantization: Quantization) -> Option<String> {
     let trained = run::trained_on(adapter)?;
-    let short = |hash: &str| hash.chars().take(12).collect::<String>();
     let (folder, path) = (adapter.display(), base.path.display());
     if trained.hash != base.hash {
         let (one, other) = (short(&trained.hash), short(&base.hash));

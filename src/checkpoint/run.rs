@@ -118,7 +118,7 @@ impl RunFolder {
         Self { path: path.to_path_buf() }
     }
 
-    /// The recipe that the run was begun with.
+    /// The recipe that the run was begun with, or last gone on with.
     ///
     /// # Errors
     /// When the file is missing or damaged.
@@ -177,6 +177,14 @@ impl RunFolder {
         if metrics.exists() {
             fs::remove_file(&metrics).with_context(|| format!("cannot remove `{}`", metrics.display()))?;
         }
+        self.keep_recipe(recipe)
+    }
+
+    /// Writes down the recipe that the run goes on with: more steps to go or more patience is asked of it from here on.
+    ///
+    /// # Errors
+    /// When it cannot be written.
+    pub fn keep_recipe(&self, recipe: &Recipe) -> Result<()> {
         // A run's folder is shown around; a key is not.
         let mut recipe = recipe.clone();
         recipe.serve.api_key = None;

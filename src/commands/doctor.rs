@@ -1,6 +1,6 @@
 //! `granite doctor`: what this machine has, what is wrong with it, and the next step.
 
-use std::io::Write as _;
+use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -19,6 +19,7 @@ use crate::kernels::gpu::Gpu;
 use crate::kernels::images::{self, IMAGES, NVCC};
 use crate::kernels::libtorch::{self, Libtorch};
 use crate::model::fused::check::against_twins;
+use crate::stdout;
 
 /// What libtorch tch was written for.
 const LIBTORCH: &str = "2.11.";
@@ -337,14 +338,14 @@ fn checked(check: Check, seed: i64) -> Finding {
 }
 
 fn print(findings: &[Finding], json: bool) -> Result<()> {
-    let mut out = std::io::stdout().lock();
     if json {
         let worst = [Status::Problem, Status::Warning].into_iter();
         let worst = worst.into_iter().find(|status| findings.iter().any(|finding| finding.status == *status));
         let report = serde_json::json!({ "status": worst.unwrap_or(Status::Ok), "findings": findings });
-        writeln!(out, "{}", serde_json::to_string_pretty(&report)?)?;
-        return Ok(());
+        return stdout::json(&report);
     }
+    // Writing into a String cannot fail.
+    let mut text = String::new();
     let width = findings.iter().map(|finding| finding.subject.chars().count()).max().unwrap_or(0);
     for Finding { subject, status, found, next } in findings {
         let status = match status {
@@ -352,12 +353,12 @@ fn print(findings: &[Finding], json: bool) -> Result<()> {
             Status::Warning => "warning",
             Status::Problem => "problem",
         };
-        writeln!(out, "{status:<8} {subject:<width$}  {found}")?;
+        let _ = writeln!(text, "{status:<8} {subject:<width$}  {found}");
         if let Some(next) = next {
-            writeln!(out, "{:<8} {:<width$}  next: {next}", "", "")?;
+            let _ = writeln!(text, "{:<8} {:<width$}  next: {next}", "", "");
         }
     }
-    Ok(())
+    stdout::text(&text)
 }
 
 fn gib(bytes: u64) -> String {

@@ -1,6 +1,5 @@
 //! `granite eval`: losses per source, task scores, models side by side, a report.
 
-use std::io::Write as _;
 use std::num::NonZero;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -13,7 +12,6 @@ use tch::Device;
 
 use crate::checkpoint::adapter;
 use crate::checkpoint::base::{BaseModel, open_tokenizer};
-use crate::checkpoint::fingerprint::hex;
 use crate::checkpoint::open::{self, ModelChoice, OpenModel};
 use crate::checkpoint::run::RunFolder;
 use crate::cli::EvalArgs;
@@ -37,17 +35,17 @@ use crate::eval::tasks::finance::Finance;
 use crate::eval::tasks::gsm8k::Gsm8k;
 use crate::eval::tasks::held_out::HeldOut;
 use crate::eval::tasks::spider::Spider;
+use crate::hex::{hex, short};
 use crate::kernels::device;
 use crate::model::decoder::Decoder;
 use crate::progress::note;
 use crate::recipe::{EvalSpec, Recipe};
+use crate::stdout;
 
 const PROGRAM: &str = concat!("granite ", env!("CARGO_PKG_VERSION"));
 /// What is measured where nothing is named.
 const ADAPTER: &str = "adapter";
 const LOSSES: &str = "losses.jsonl";
-/// Hex digits of a hash that are shown.
-const SHORT: usize = 12;
 
 /// Runs the subcommand.
 ///
@@ -83,6 +81,7 @@ pub fn run(args: &EvalArgs) -> Result<()> {
         note(format!("going on with what is in {}", out.display()));
     }
     identity.claim(&choices(args, &recipe, &subjects, with_dataset)?)?;
+    identity.claim(&files_of(&evaluation.tasks)?)?;
 
     let (mut measured, mut reports) = (Vec::new(), Vec::new());
     for Named { name, subject } in &subjects {
@@ -98,9 +97,7 @@ pub fn run(args: &EvalArgs) -> Result<()> {
     report::write(&out, &report, &shown(&measured))?;
     note(format!("report in {}", out.display()));
     if args.json {
-        let mut stdout = std::io::stdout().lock();
-        serde_json::to_writer_pretty(&mut stdout, &report)?;
-        writeln!(stdout).context("cannot write to stdout")?;
+        stdout::json(&report)?;
     }
     Ok(())
 }
@@ -245,16 +242,30 @@ fn choices(
     Ok(choices)
 }
 
+/// What the tasks' further files hold, a name a task that has any.
+fn files_of(tasks: &[Box<dyn Task>]) -> Result<Vec<(String, String)>> {
+    let mut found = Vec::new();
+    for task in tasks {
+        let files = task.files()?;
+        if files.is_empty() {
+            continue;
+        }
+        let mut hash = Sha256::new();
+        for file in &files {
+            hash.update(fingerprint(file)?.sha256);
+        }
+        let content = format!("{} files, SHA-256 {}", files.len(), short(&hex(&hash.finalize())));
+        found.push((format!("content of {}'s folder", task.name()), content));
+    }
+    Ok(found)
+}
+
 fn json(value: &impl Serialize) -> Result<String> {
     Ok(serde_json::to_string(value)?)
 }
 
 fn hash_of(path: &Path) -> Result<String> {
     Ok(short(&fingerprint(path)?.sha256).to_string())
-}
-
-fn short(hash: &str) -> &str {
-    hash.get(..SHORT).unwrap_or(hash)
 }
 
 /// A dataset's rows that no training saw.

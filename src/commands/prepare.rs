@@ -1,7 +1,6 @@
 //! `granite prepare`
 
 use std::fmt::Write as _;
-use std::io::Write as _;
 use std::path::Path;
 use std::time::Instant;
 
@@ -20,6 +19,7 @@ use crate::data::trace::trace;
 use crate::output::{Staged, ensure_replaceable};
 use crate::progress::note;
 use crate::recipe::Recipe;
+use crate::stdout;
 
 /// Runs the subcommand.
 ///
@@ -63,12 +63,7 @@ fn tell_trace(args: &PrepareArgs, recipe: &Recipe, files: &TokenizerFiles, place
         SplitChoice::Validation => Split::Validation,
     };
     let found = trace(&dataset, &tokenizer, split, place.row, place.token)?;
-    let mut stdout = std::io::stdout().lock();
-    if args.json {
-        serde_json::to_writer_pretty(&mut stdout, &found)?;
-        return writeln!(stdout).context("cannot write to stdout");
-    }
-    found.write(&mut stdout)
+    if args.json { stdout::json(&found) } else { stdout::text(&found.told()) }
 }
 
 fn write(folder: &Path, prepared: &Prepared) -> Result<()> {
@@ -101,25 +96,21 @@ fn print_json(folder: &Path, manifest: &Manifest, timings: Option<serde_json::Va
     if let Some(timings) = timings {
         summary["timings"] = timings;
     }
-    let mut stdout = std::io::stdout().lock();
-    serde_json::to_writer_pretty(&mut stdout, &summary)?;
-    writeln!(stdout).context("cannot write to stdout")
+    stdout::json(&summary)
 }
 
 /// Prints examples with what is supervised between `⟦` and `⟧`, as the tokens have it.
 fn show(recipe: &Recipe, files: &TokenizerFiles, count: usize) -> Result<()> {
     let tokenizer = ChatTokenizer::new(files, &recipe.data.template)?;
-    let mut stdout = std::io::stdout().lock();
     for (source, example, fitted) in preview(recipe, &tokenizer, count)? {
         let supervised = fitted.encoded.loss_mask.iter().filter(|on| **on).count();
-        writeln!(
-            stdout,
-            "=== {source}, record {}: {} tokens, {supervised} supervised{}",
+        stdout::text(&format!(
+            "=== {source}, record {}: {} tokens, {supervised} supervised{}\n{}\n",
             example.record,
             fitted.encoded.ids.len(),
             if fitted.shortened { ", context shortened" } else { "" },
-        )?;
-        writeln!(stdout, "{}\n", marked(&tokenizer, &fitted.encoded)?)?;
+            marked(&tokenizer, &fitted.encoded)?,
+        ))?;
     }
     Ok(())
 }

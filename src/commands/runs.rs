@@ -2,7 +2,6 @@
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
-use std::io::Write as _;
 use std::path::Path;
 
 use anyhow::{Context as _, Error, Result};
@@ -16,6 +15,7 @@ use crate::metrics::event::Event;
 use crate::metrics::jsonl;
 use crate::progress;
 use crate::recipe::{Recipe, TrainSpec};
+use crate::stdout;
 
 /// Shown in place of a key: that there is one may be told, which one may not.
 const HIDDEN: &str = "(set)";
@@ -40,7 +40,7 @@ pub fn run(args: &RunsArgs) -> Result<()> {
             if args.json { json(&compared)? } else { beside(&compared) }
         }
     };
-    writeln!(std::io::stdout(), "{}", text.trim_end()).context("cannot write to stdout")
+    stdout::text(&text)
 }
 
 /// A run in numbers.

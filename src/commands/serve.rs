@@ -1,6 +1,5 @@
 //! `granite serve`: opens the documents and the model, then answers until it is told to stop.
 
-use std::io::Write as _;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
@@ -24,6 +23,7 @@ use crate::retrieval::index::Index;
 use crate::serve::limits::listen_address;
 use crate::serve::run as service;
 use crate::serve::{Library, Service, Settings};
+use crate::stdout;
 
 /// Runs the subcommand.
 ///
@@ -157,8 +157,5 @@ fn open_service(
 fn announce(address: SocketAddr) -> Result<()> {
     let url = format!("http://{address}");
     progress::note(format!("listening on {url}"));
-    let mut stdout = std::io::stdout();
-    writeln!(stdout, "{}", json!({"url": url}))
-        .and_then(|()| stdout.flush())
-        .context("cannot write the address to stdout")
+    stdout::text(&json!({"url": url}).to_string())
 }

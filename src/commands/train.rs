@@ -1,7 +1,5 @@
 //! `granite train`: recipe and dataset to adapter.
 
-use std::io::Write as _;
-
 use anyhow::Result;
 use tch::Device;
 
@@ -10,6 +8,7 @@ use crate::cli::TrainArgs;
 use crate::kernels::device;
 use crate::progress;
 use crate::recipe::Recipe;
+use crate::stdout;
 use crate::train::interrupt::Interrupt;
 use crate::train::memory::told;
 use crate::train::plan::Plan;
@@ -44,18 +43,16 @@ pub fn run(args: &TrainArgs) -> Result<()> {
 }
 
 fn print_plan(plan: &Plan, json: bool) -> Result<()> {
-    let text = if json { serde_json::to_string_pretty(&plan.figures)? } else { plan.figures.to_string() };
-    writeln!(std::io::stdout(), "{}", text.trim_end())?;
-    if !json {
-        writeln!(std::io::stdout(), "on a GPU    {} GiB, by what is computed again", told(plan))?;
+    if json {
+        return stdout::json(&plan.figures);
     }
-    Ok(())
+    let on_gpu = format!("on a GPU    {} GiB, by what is computed again", told(plan));
+    stdout::text(&format!("{}\n{on_gpu}", plan.figures.to_string().trim_end()))
 }
 
 fn print_summary(summary: &Summary, json: bool) -> Result<()> {
     if json {
-        writeln!(std::io::stdout(), "{}", serde_json::to_string_pretty(summary)?)?;
-        return Ok(());
+        return stdout::json(summary);
     }
     let speed = summary.tokens as f64 / summary.step_seconds.max(1e-9);
     progress::note(format!("{} steps, {speed:.0} tokens/s: {}", summary.steps, summary.checkpoint.display()));

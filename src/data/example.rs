@@ -5,7 +5,7 @@ use std::ops::Range;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
 
-use super::tokenizer::hex;
+use crate::hex::hex;
 
 /// Bytes of a document's text that lineage keeps; the ids of the sources are shorter.
 const LONGEST_ID: usize = 96;

@@ -35,6 +35,7 @@ use super::manifest::{FORMAT_VERSION, Manifest};
 use super::parquet_file;
 use super::tokenizer::ChatTokenizer;
 use crate::error::user_error;
+use crate::hex::short;
 use crate::model::batch::Sequence;
 
 /// Rows that are compressed and decompressed together: few enough to read one at a time, enough to compress well.
@@ -201,10 +202,6 @@ impl Dataset {
             "run `granite prepare` again with this recipe, or name another dataset in `data.dataset`",
         ))
     }
-}
-
-fn short(hash: &str) -> &str {
-    hash.get(..12).unwrap_or(hash)
 }
 
 fn parse_manifest(text: &[u8]) -> Result<Manifest> {

@@ -9,6 +9,7 @@ use tokenizers::{DecoderWrapper, Tokenizer};
 use super::example::Message;
 use super::template::{ChatTemplate, Conversation, RenderedChat};
 use crate::error::user_error;
+use crate::hex::hex;
 use crate::recipe::TemplateSpec;
 
 /// What a base model brings to turn messages into tokens; read by `checkpoint::base`.
@@ -265,11 +266,6 @@ fn content_hash(files: &TokenizerFiles, spec: &TemplateSpec) -> Result<String> {
         hash.update(part);
     }
     Ok(hex(&hash.finalize()))
-}
-
-/// Bytes as lower-case hexadecimal digits.
-pub(crate) fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 /// The bytes of every token, end to end.

@@ -1,6 +1,6 @@
 //! From a token of a packed row back to where it came from.
 
-use anyhow::{Context as _, Result, anyhow};
+use anyhow::{Result, anyhow};
 use serde::Serialize;
 
 use super::manifest::InputFile;
@@ -130,10 +130,7 @@ fn no_token(split: Split, row: usize, token: usize, tokens: usize) -> anyhow::Er
 
 impl Trace {
     /// For people, a line for each fact.
-    ///
-    /// # Errors
-    /// When writing fails.
-    pub fn write(&self, to: &mut impl std::io::Write) -> Result<()> {
+    pub fn told(&self) -> String {
         let of_message = match (&self.role, self.message) {
             (Some(role), Some(message)) => format!("message {message}, {role}"),
             _ => "the template's own".to_string(),
@@ -169,9 +166,6 @@ impl Trace {
                 ),
             ),
         ];
-        for (name, value) in lines {
-            writeln!(to, "{name:<10}{value}").context("cannot write to stdout")?;
-        }
-        Ok(())
+        lines.iter().map(|(name, value)| format!("{name:<10}{value}\n")).collect()
     }
 }

@@ -1,6 +1,7 @@
 //! What all tasks have in common: examples become prompts, prompts answers, answers scores.
 
 use std::collections::BTreeMap;
+use std::path::PathBuf;
 
 use anyhow::Result;
 use serde::{Deserialize, Serialize};
@@ -116,6 +117,14 @@ pub trait Task {
     /// How many answers are judged side by side, where they lie there.
     fn side_by_side(&self) -> usize {
         1
+    }
+
+    /// Files that decide verdicts beside those that the recipe names: it names their folder.
+    ///
+    /// # Errors
+    /// When the folder cannot be read.
+    fn files(&self) -> Result<Vec<PathBuf>> {
+        Ok(Vec::new())
     }
 
     /// Questions of the files that are not asked, by reason.

@@ -17,6 +17,7 @@ use tch::{Device, Kind, Tensor};
 use tokenizers::Tokenizer;
 
 use crate::error::HintExt as _;
+use crate::hex::hex;
 
 /// Texts that go through the encoder at once.
 const BATCH: usize = 32;
@@ -154,10 +155,6 @@ fn identity(parts: &[&[u8]]) -> String {
         hash.update(Sha256::digest(part));
     }
     hex(&hash.finalize())
-}
-
-pub(super) fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 fn read_bytes(path: &Path) -> Result<Vec<u8>> {

@@ -19,7 +19,8 @@ use sha2::{Digest as _, Sha256};
 
 use super::chunk::{self, Limits};
 use super::documents::Document;
-use super::encoder::{Encoder, hex};
+use super::encoder::Encoder;
+use crate::hex::hex;
 use crate::output::Staged;
 use crate::progress;
 

@@ -219,7 +219,9 @@ fn figures(
     let heads = if config.tie_word_embeddings { 1 } else { 2 };
     let rest = heads * config.vocab_size * config.hidden_size + (2 * layers + 1) * config.hidden_size;
     let rows_per_step = recipe.train.rows_per_microbatch * recipe.train.accumulation;
-    let tokens = (recipe.train.rows_per_microbatch * recipe.data.sequence_length) as i64;
+    // A dataset's rows may be longer than the recipe would have them now.
+    let longest = train.iter().map(PackedRow::tokens).max().unwrap_or(0);
+    let tokens = (recipe.train.rows_per_microbatch * longest) as i64;
     Figures {
         run: recipe.name.clone(),
         base: recipe.model.base.clone(),

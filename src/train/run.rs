@@ -73,7 +73,11 @@ pub fn run(mut plan: Plan, options: &RunOptions) -> Result<Summary> {
     let begun = Instant::now();
     let resumed = if options.resume { resume_point(&plan, &options.folder)? } else { None };
     let _lock = match (&resumed, options.resume) {
-        (Some(_), _) => options.folder.lock()?,
+        (Some(_), _) => {
+            let lock = options.folder.lock()?;
+            options.folder.keep_recipe(&plan.recipe)?;
+            lock
+        }
         (None, true) => {
             let lock = options.folder.lock()?;
             options.folder.begin_again(&plan.recipe)?;

@@ -6,6 +6,7 @@
 
 mod errors;
 mod help;
+mod stdout;
 
 use std::fmt::Write as _;
 use std::path::Path;

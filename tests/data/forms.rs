@@ -187,6 +187,13 @@ fn so_many_bad_records_are_tolerated_and_no_more() {
     let tolerating = |count| DataSpec { skip_bad: count, ..dolly(&path) };
     let told = granite::error::render(&collect(&tolerating(1)).unwrap_err());
     assert!(told.contains("more than 1 records are bad") && told.contains("record 4"), "{told}");
+    // A file that is cut has not more bad records: what is there of it is no whole.
+    let whole = fs::read(&path).unwrap();
+    let packed = zstd::encode_all(whole.as_slice(), 3).unwrap();
+    let cut = folder.path().join("cut.jsonl.zst");
+    fs::write(&cut, &packed[..packed.len() - 4]).unwrap();
+    let told = granite::error::render(&collect(&DataSpec { skip_bad: 2, ..dolly(&cut) }).unwrap_err());
+    assert!(told.contains("cut.jsonl.zst") && !told.contains("records are bad"), "{told}");
     let found = collected(&tolerating(2));
     assert_eq!((found.read, found.examples.len(), found.dropped[&Reason::Bad]), (5, 3, 2));
     let skipped: Vec<u32> = found.skipped.iter().map(|one| one.record).collect();

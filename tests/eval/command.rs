@@ -104,6 +104,29 @@ fn an_adapter_s_folder_is_known_by_how_its_base_is_held() {
     assert!(text.contains("\"nf4\" in Float") && text.contains("\"none\" in Float"), "{text}");
 }
 
+/// A verdict on a query is as good as the rows that it met.
+#[test]
+fn other_rows_in_a_database_are_another_evaluation() {
+    let place = Place::bare();
+    let sample = Path::new(env!("CARGO_MANIFEST_DIR")).join("datasets/sample/spider/database");
+    for name in ["warehouse", "loan_book"] {
+        fs::create_dir_all(place.path("db").join(name)).unwrap();
+        let file = format!("{name}/{name}.sqlite");
+        fs::copy(sample.join(&file), place.path("db").join(&file)).unwrap();
+    }
+    place.answer("gold", &gold());
+    let arguments = ["--answers", "gold", "--set", "eval.spider.databases=db", "--out", "g"];
+    for _ in 0..2 {
+        let done = place.granite(&[&["eval"][..], &arguments].concat());
+        assert!(done.status.success(), "{}", told(&done));
+    }
+    let database = rusqlite::Connection::open(place.path("db/warehouse/warehouse.sqlite")).unwrap();
+    database.execute_batch("CREATE TABLE more (a INTEGER); INSERT INTO more VALUES (1)").unwrap();
+    drop(database);
+    let text = place.refused(&arguments);
+    assert!(text.contains("whose content of spider's folder is `2 files, SHA-256 "), "{text}");
+}
+
 #[test]
 fn what_is_not_there_claims_no_folder() {
     let place = Place::new();

@@ -81,6 +81,8 @@ fn training_ends_early_with_the_best_kept() {
     let patient = [&WORSE[..], &["train.early_stopping_patience=4", "train.keep_last=1"]].concat();
     let on = bench.run("run", &patient, How::RESUMED).unwrap();
     assert!(on.steps > best + 3 && on.tokens > 0, "{on:?}");
+    let kept = std::fs::read_to_string(bench.path("run/recipe.toml")).unwrap();
+    assert!(kept.contains("early_stopping_patience = 4"), "the run's recipe is what it goes by: {kept}");
 }
 
 #[test]

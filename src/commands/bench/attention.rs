@@ -5,7 +5,6 @@
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
-use std::io::Write as _;
 
 use anyhow::{Context as _, Result, ensure};
 use serde::Serialize;
@@ -20,7 +19,7 @@ use crate::kernels::attention::{
 use crate::kernels::fused_attention::{self, AttentionKept, Packing};
 use crate::kernels::stopwatch::Stopwatch;
 use crate::kernels::{bridge, driver};
-use crate::{output, progress};
+use crate::{output, progress, stdout};
 
 /// Lengths of an uneven batch of 8,192 tokens, as peers were measured.
 const UNEVEN: [i64; 8] = [4096, 2048, 1024, 512, 256, 128, 96, 32];
@@ -157,7 +156,7 @@ pub fn run(args: &BenchAttentionArgs) -> Result<()> {
         progress::note(format!("wrote `{}`", file.display()));
     }
     let text = if args.json { serde_json::to_string_pretty(&figures)? } else { table(&figures) };
-    writeln!(std::io::stdout(), "{}", text.trim_end()).context("cannot write to stdout")
+    stdout::text(&text)
 }
 
 /// Sequences of a row of the table.

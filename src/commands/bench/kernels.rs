@@ -1,16 +1,15 @@
 //! `granite bench kernels`: each kernel's memory traffic beside the ceilings of the same run.
 
 use std::fmt::Write as _;
-use std::io::Write as _;
 
-use anyhow::{Context as _, Result};
+use anyhow::Result;
 use serde::Serialize;
 
 use super::{gpu, roofline};
 use crate::cli::BenchKernelsArgs;
 use crate::kernels::check::rates::{self, Ceilings, Rate};
 use crate::kernels::driver;
-use crate::{output, progress};
+use crate::{output, progress, stdout};
 
 /// What was measured.
 #[derive(Debug, Serialize)]
@@ -52,7 +51,7 @@ pub fn run(args: &BenchKernelsArgs) -> Result<()> {
         progress::note(format!("wrote `{}`", file.display()));
     }
     let text = if args.json { serde_json::to_string_pretty(&figures)? } else { table(&figures) };
-    writeln!(std::io::stdout(), "{}", text.trim_end()).context("cannot write to stdout")
+    stdout::text(&text)
 }
 
 fn measure() -> Result<Figures> {

@@ -4,7 +4,6 @@
 //! included. The time of a step is the GPU's, from an empty queue to an empty queue.
 
 use std::collections::BTreeMap;
-use std::io::Write as _;
 use std::time::Instant;
 
 use anyhow::{Context as _, Result, ensure};
@@ -23,6 +22,7 @@ use crate::model::fused::plan::{Limits, MemoryLayout, MemoryPlan, Sizes};
 use crate::model::random::RandomWeights;
 use crate::progress;
 use crate::recipe::{LoraSpec, Optimizer, Quantization, TrainSpec};
+use crate::stdout;
 use crate::train::optimizer::AdamW;
 
 /// What a dense bf16 product can do at most on an H100 SXM, TFLOP/s; shares are told against it.
@@ -73,8 +73,7 @@ pub fn run(args: &BenchTrainArgs) -> Result<()> {
     let mut bench = Bench::new(&config, &lora, args, batches, device)?;
     let figures = bench.measure(args, &config, &lora, &plan, device)?;
     let text = if args.json { serde_json::to_string(&figures)? } else { told(&figures) };
-    writeln!(std::io::stdout(), "{text}")?;
-    Ok(())
+    stdout::text(&text)
 }
 
 /// Granite-3.1-8B, or what `--config` says.

@@ -3,7 +3,6 @@
 mod page;
 mod report;
 
-use std::io::Write as _;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Result, ensure};
@@ -28,6 +27,7 @@ use crate::model::decoder::Precision;
 use crate::output::Staged;
 use crate::progress::note;
 use crate::recipe::{Quantization, Recipe};
+use crate::stdout;
 
 /// GPU memory that a comparison in f32 takes beside the weights: attention's scores and logits, some at a time.
 const ROOM: i64 = 4 << 30;
@@ -85,7 +85,7 @@ pub fn run(args: &MergeArgs) -> Result<()> {
     let report = merge.report(&written, measured, limits);
     finish(&report, written, &destination)?;
     if args.json {
-        std::io::stdout().write_all(report.json()?.as_bytes()).context("cannot write to stdout")?;
+        stdout::text(&report.json()?)?;
     }
     Ok(())
 }

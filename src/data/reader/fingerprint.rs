@@ -11,7 +11,7 @@ use anyhow::{Context as _, Result};
 use sha2::{Digest as _, Sha256};
 
 use super::BUFFER;
-use crate::data::tokenizer::hex;
+use crate::hex::hex;
 
 /// Size and SHA-256 of a file as stored.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -307,7 +307,7 @@ impl Reading<'_> {
             let (dropped, skipped) = (&mut found.dropped, &mut found.skipped);
             let mut tolerate = |record: u32, error: Error| {
                 if skipped.len() >= spec.skip_bad {
-                    return Err(error);
+                    return Err(past_tolerance(error, spec.skip_bad));
                 }
                 bad += 1;
                 skipped.push(SkippedRecord {
@@ -331,7 +331,6 @@ impl Reading<'_> {
             };
             let hashed = fingerprint_beside(file, || {
                 read_tolerant::<S::Record, _>(file, members, &WRAPPERS, &make, &mut tolerate, &mut each)
-                    .map_err(|error| past_tolerance(error, spec.skip_bad))
             })?;
             found.read += read + bad;
             if bad > 0 {

@@ -6,7 +6,7 @@
 //! the plain release, many in the distilled suite. The gold query's values are never lent to the prediction.
 //! Databases without a row answer every query alike and are left out, counted.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Result};
@@ -82,7 +82,7 @@ impl Databases {
     }
 
     fn look(&self, db_id: &str) -> Result<Presence> {
-        let files = sqlite_files(&self.folder.join(db_id))?;
+        let files = self.files(db_id)?;
         if files.is_empty() {
             return Ok(Presence::Missing);
         }
@@ -94,6 +94,11 @@ impl Databases {
             usable.extend(has_rows.then_some(database));
         }
         Ok(if usable.is_empty() { Presence::Empty } else { Presence::Usable(usable) })
+    }
+
+    /// The files of a database, by name.
+    fn files(&self, db_id: &str) -> Result<Vec<PathBuf>> {
+        sqlite_files(&self.folder.join(db_id))
     }
 
     fn usable(&mut self, db_id: &str) -> Result<&[Database]> {
@@ -256,6 +261,13 @@ impl Task for Spider {
         let (verdict, error) = judge(&mut self.databases, db_id, query, &extracted)?;
         let scores = vec![f64::from(u8::from(verdict == Verdict::Correct))];
         Ok(Judgement { extracted, verdict, error, scores })
+    }
+
+    fn files(&self) -> Result<Vec<PathBuf>> {
+        let asked = self.selection.asked.iter().filter_map(|at| self.questions.get(*at));
+        let used: BTreeSet<&str> = asked.map(|question| question.db_id.as_str()).collect();
+        let files = used.iter().map(|db_id| self.databases.files(db_id));
+        Ok(files.collect::<Result<Vec<_>>>()?.concat())
     }
 
     fn left_out(&self) -> BTreeMap<String, usize> {
