@@ -1,6 +1,6 @@
 //! Parquet files opened without trust: what the library would believe is held against the file first.
 //!
-//! It makes room for as many values as a page claims, and skips a list that a page's header claims element by element,
+//! It makes room for as many values as a page claims, and as many children as an element of the schema does, and skips a list that a page's header claims element by element,
 //! taking no notice of the file's end.
 
 use std::fs::File;
@@ -16,15 +16,32 @@ use parquet::file::metadata::{ColumnChunkMetaData, ParquetMetaData};
 use parquet::file::reader::{ChunkReader, Length};
 use parquet::file::serialized_reader::SerializedPageReader;
 
+use super::parquet_footer;
+
+/// Bytes behind the footer: its length, and [`MAGIC`].
+const TAIL: u64 = 8;
+const MAGIC: &[u8] = b"PAR1";
+
 /// Opens a file; its pages are decoded as its rows are read.
 ///
 /// # Errors
 /// When it is no parquet file, or claims columns or dictionaries that it cannot hold.
 pub fn open(file: File) -> Result<ParquetRecordBatchReaderBuilder<Source>> {
     let source = Arc::new(Source::new(file.try_clone()?)?);
+    check_footer(&source)?;
     let builder = ParquetRecordBatchReaderBuilder::try_new(Source::new(file)?)?;
     check(&source, builder.metadata())?;
     Ok(builder)
+}
+
+/// Refuses a footer whose schema claims what it cannot hold. What is no parquet file is the library's to tell.
+fn check_footer(source: &Source) -> Result<()> {
+    let Some(end) = source.length.checked_sub(TAIL) else { return Ok(()) };
+    let tail = source.get_bytes(end, TAIL as usize)?;
+    let Some((size, MAGIC)) = tail.split_first_chunk::<4>() else { return Ok(()) };
+    let size = u32::from_le_bytes(*size);
+    let Some(start) = end.checked_sub(u64::from(size)) else { return Ok(()) };
+    parquet_footer::check(&source.get_bytes(start, size as usize)?)
 }
 
 fn check(source: &Arc<Source>, metadata: &ParquetMetaData) -> Result<()> {
