@@ -5,9 +5,10 @@
 
 use anyhow::{Context as _, Result, bail, ensure};
 
-/// `FileMetaData.schema` and `SchemaElement.num_children`.
+/// `FileMetaData.schema`, `SchemaElement.num_children` and `SchemaElement.logicalType`.
 const SCHEMA: i64 = 2;
 const CHILDREN: i64 = 5;
+const LOGICAL: i64 = 10;
 /// Deeper values are skipped by no reader of ours: the format has none.
 const DEPTH: usize = 32;
 
@@ -32,24 +33,80 @@ const STRUCT: u8 = 12;
 pub fn check(footer: &[u8]) -> Result<()> {
     let mut reader = Reader { left: footer };
     reader.fields(DEPTH, &mut |reader, id, kind| {
-        if id != SCHEMA || kind != LIST {
+        expect(kind, file_field(id))?;
+        if id != SCHEMA {
             return reader.skip(kind, DEPTH);
         }
         let (elements, of) = reader.list()?;
-        ensure!(of == STRUCT, "its schema is no list of elements");
-        for _ in 0..elements {
-            reader.fields(DEPTH, &mut |reader, id, kind| {
-                if id != CHILDREN || !matches!(kind, I16 | I32 | I64) {
-                    return reader.skip(kind, DEPTH);
-                }
+        ensure!(elements == 0 || of == STRUCT, "its schema is no list of elements");
+        (0..elements).try_for_each(|_| element(reader, elements))
+    })
+}
+
+/// An element of a schema of so many.
+fn element(reader: &mut Reader<'_>, elements: u64) -> Result<()> {
+    reader.fields(DEPTH, &mut |reader, id, kind| {
+        expect(kind, element_field(id))?;
+        match id {
+            CHILDREN => {
                 let children = reader.zigzag()?;
-                if children > elements as i64 {
+                // Below zero as well: the library looks at the last 32 bits.
+                if children < 0 || children > elements as i64 {
                     bail!("its schema has {elements} elements, one of them {children} children");
                 }
                 Ok(())
-            })?;
+            }
+            LOGICAL => reader.fields(DEPTH, &mut |reader, of, kind| {
+                expect(kind, Some(STRUCT))?;
+                reader.fields(DEPTH, &mut |reader, id, kind| {
+                    expect(kind, logical_field(of, id))?;
+                    reader.skip(kind, DEPTH)
+                })
+            }),
+            _ => reader.skip(kind, DEPTH),
         }
-        Ok(())
+    })
+}
+
+/// Refuses a field of another type than the format's: the library reads it as if it were of that, and would see other
+/// fields behind it than are checked here.
+fn expect(kind: u8, of: Option<u8>) -> Result<()> {
+    let kind = if kind == FALSE { TRUE } else { kind };
+    ensure!(of.is_none_or(|of| of == kind), "its schema has a field of another type than the format's");
+    Ok(())
+}
+
+/// The type of a field of `FileMetaData`; `None` for what the format does not know.
+fn file_field(id: i64) -> Option<u8> {
+    Some(match id {
+        1 => I32,
+        SCHEMA | 4 | 5 | 7 => LIST,
+        3 => I64,
+        6 | 9 => BINARY,
+        8 => STRUCT,
+        _ => return None,
+    })
+}
+
+/// As [`file_field`], of `SchemaElement`.
+fn element_field(id: i64) -> Option<u8> {
+    Some(match id {
+        1..=3 | CHILDREN..=9 => I32,
+        4 => BINARY,
+        LOGICAL => STRUCT,
+        _ => return None,
+    })
+}
+
+/// As [`file_field`], of the type `of` in `LogicalType`: decimals, times, integers, variants, shapes on earth.
+fn logical_field(of: i64, id: i64) -> Option<u8> {
+    Some(match (of, id) {
+        (5, 1 | 2) | (18, 2) => I32,
+        (7 | 8, 1) | (10, 2) => TRUE,
+        (7 | 8, 2) => STRUCT,
+        (10 | 16, 1) => BYTE,
+        (17 | 18, 1) => BINARY,
+        _ => return None,
     })
 }
 
@@ -105,6 +162,7 @@ impl Reader<'_> {
                 return Ok(());
             }
             id = if head >> 4 == 0 { self.zigzag()? } else { id.saturating_add(i64::from(head >> 4)) };
+            ensure!(i16::try_from(id).is_ok(), "its footer has a field of a number that there is not");
             each(self, id, head & 15)?;
         }
     }
@@ -167,6 +225,8 @@ mod tests {
         check(&footer([0x84, 0])).unwrap();
         let told = check(&footer([0xfe, 0x7f])).unwrap_err().to_string();
         assert_eq!(told, "its schema has 2 elements, one of them 8191 children");
+        let told = check(&footer([0x83, 0])).unwrap_err().to_string();
+        assert_eq!(told, "its schema has 2 elements, one of them -2 children");
     }
 
     #[test]
@@ -176,7 +236,9 @@ mod tests {
             assert!(check(&whole[..length]).is_err(), "{length} bytes of {}", whole.len());
         }
         assert!(check(&[0x19, 0xfc, 0xff, 0xff, 0xff, 0xff, 0x0f]).is_err(), "a list of billions");
-        assert!(check(&[0x1d]).unwrap_err().to_string().contains("type 13"));
-        assert!(check(&vec![0x1c; 4096]).unwrap_err().to_string().contains("within values"));
+        assert!(check(&[0xbd]).unwrap_err().to_string().contains("type 13"));
+        let told = check(&[0x15, 4, 0x19, 0x1c, 0x32, 0, 0]).unwrap_err().to_string();
+        assert!(told.contains("of another type"), "{told}");
+        assert!(check(&vec![0xbc; 4096]).unwrap_err().to_string().contains("within values"));
     }
 }
