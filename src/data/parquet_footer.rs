@@ -9,7 +9,7 @@ use anyhow::{Context as _, Result, bail, ensure};
 const SCHEMA: i64 = 2;
 const CHILDREN: i64 = 5;
 const LOGICAL: i64 = 10;
-/// Deeper values are skipped by no reader of ours: the format has none.
+/// How deep values may lie in one that is passed over; the format's lie less deep.
 const DEPTH: usize = 32;
 
 /// Types of the compact protocol.
@@ -32,7 +32,7 @@ const STRUCT: u8 = 12;
 /// When it is so, or the footer is no struct of the compact protocol.
 pub fn check(footer: &[u8]) -> Result<()> {
     let mut reader = Reader { left: footer };
-    reader.fields(DEPTH, &mut |reader, id, kind| {
+    reader.fields(&mut |reader, id, kind| {
         expect(kind, file_field(id))?;
         if id != SCHEMA {
             return reader.skip(kind, DEPTH);
@@ -45,7 +45,7 @@ pub fn check(footer: &[u8]) -> Result<()> {
 
 /// An element of a schema of so many.
 fn element(reader: &mut Reader<'_>, elements: u64) -> Result<()> {
-    reader.fields(DEPTH, &mut |reader, id, kind| {
+    reader.fields(&mut |reader, id, kind| {
         expect(kind, element_field(id))?;
         match id {
             CHILDREN => {
@@ -56,9 +56,9 @@ fn element(reader: &mut Reader<'_>, elements: u64) -> Result<()> {
                 }
                 Ok(())
             }
-            LOGICAL => reader.fields(DEPTH, &mut |reader, of, kind| {
+            LOGICAL => reader.fields(&mut |reader, of, kind| {
                 expect(kind, Some(STRUCT))?;
-                reader.fields(DEPTH, &mut |reader, id, kind| {
+                reader.fields(&mut |reader, id, kind| {
                     expect(kind, logical_field(of, id))?;
                     reader.skip(kind, DEPTH)
                 })
@@ -153,8 +153,7 @@ impl Reader<'_> {
     }
 
     /// Goes through a struct's fields; `each` reads the value of the field of this number and type.
-    fn fields(&mut self, depth: usize, each: &mut dyn FnMut(&mut Self, i64, u8) -> Result<()>) -> Result<()> {
-        ensure!(depth > 0, "its footer holds values within values within values");
+    fn fields(&mut self, each: &mut dyn FnMut(&mut Self, i64, u8) -> Result<()>) -> Result<()> {
         let mut id = 0_i64;
         loop {
             let head = self.byte()?;
@@ -177,7 +176,9 @@ impl Reader<'_> {
     fn skip_element(&mut self, kind: u8, depth: usize) -> Result<()> {
         ensure!(depth > 0, "its footer holds values within values within values");
         match kind {
-            TRUE | FALSE | BYTE => self.pass(1),
+            // The library takes them for fields, which have no bytes of their own.
+            TRUE | FALSE => bail!("its footer has a list of booleans, which the format has not"),
+            BYTE => self.pass(1),
             I16 | I32 | I64 => self.varint().map(|_| ()),
             DOUBLE => self.pass(8),
             BINARY => {
@@ -199,7 +200,7 @@ impl Reader<'_> {
                     self.skip_element(kinds & 15, depth - 1)
                 })
             }
-            STRUCT => self.fields(depth, &mut |reader, _, kind| reader.skip(kind, depth - 1)),
+            STRUCT => self.fields(&mut |reader, _, kind| reader.skip(kind, depth - 1)),
             other => bail!("its footer has a value of type {other}, which there is not"),
         }
     }
@@ -235,7 +236,11 @@ mod tests {
         for length in 0..whole.len() {
             assert!(check(&whole[..length]).is_err(), "{length} bytes of {}", whole.len());
         }
-        assert!(check(&[0x19, 0xfc, 0xff, 0xff, 0xff, 0xff, 0x0f]).is_err(), "a list of billions");
+        // Field 11, which the format does not know: lists of billions of structs and of booleans, and of one boolean.
+        let told = |of: &[u8]| check(&[&[0xb9], of, &[0]].concat()).unwrap_err().to_string();
+        assert!(told(&[0xfc, 0xff, 0xff, 0xff, 0xff, 0x0f]).contains("ends within a value"));
+        assert!(told(&[0xf1, 0xff, 0xff, 0xff, 0xff, 0x0f]).contains("a list of booleans"));
+        assert!(told(&[0x11, 1]).contains("a list of booleans"));
         assert!(check(&[0xbd]).unwrap_err().to_string().contains("type 13"));
         let told = check(&[0x15, 4, 0x19, 0x1c, 0x32, 0, 0]).unwrap_err().to_string();
         assert!(told.contains("of another type"), "{told}");
