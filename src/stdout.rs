@@ -5,8 +5,8 @@ use std::io::{self, ErrorKind, Write};
 use anyhow::{Context as _, Result};
 use serde::Serialize;
 
-/// Prints a text, and a line break where it does not end with one. That a reader has what it wants, as in `granite runs list | head -1`, ends no
-/// work and is no error.
+/// Prints a text, and a line break where it does not end with one. That a reader has what it wants, as in
+/// `granite runs list | head -1`, ends no work and is no error.
 ///
 /// # Errors
 /// When it cannot be written, as to a file on a full disk.

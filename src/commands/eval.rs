@@ -80,8 +80,9 @@ pub fn run(args: &EvalArgs) -> Result<()> {
     if !identity.is_new() {
         note(format!("going on with what is in {}", out.display()));
     }
-    identity.claim(&choices(args, &recipe, &subjects, with_dataset)?)?;
-    identity.claim(&files_of(&evaluation.tasks)?)?;
+    let mut choices = choices(args, &recipe, &subjects, with_dataset)?;
+    choices.extend(files_of(&evaluation.tasks)?);
+    identity.claim(&choices)?;
 
     let (mut measured, mut reports) = (Vec::new(), Vec::new());
     for Named { name, subject } in &subjects {

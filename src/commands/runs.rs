@@ -25,22 +25,25 @@ const HIDDEN: &str = "(set)";
 /// # Errors
 /// When a folder holds no run, or a file of a run to show or to compare is damaged.
 pub fn run(args: &RunsArgs) -> Result<()> {
-    let text = match &args.command {
+    match &args.command {
         RunsCommand::List { folder } => {
             let found = list(folder.as_deref())?;
-            if args.json { json(&found)? } else { table(&found) }
+            if args.json { stdout::json(&found) } else { stdout::text(&table(&found)) }
         }
         RunsCommand::Show { run } => {
             let (found, recipe) = read(run)?;
-            if args.json { json(&Shown { run: &found, recipe: &recipe })? } else { told(&found, &recipe) }
+            if args.json {
+                stdout::json(&Shown { run: &found, recipe: &recipe })
+            } else {
+                stdout::text(&told(&found, &recipe))
+            }
         }
         RunsCommand::Compare { runs } => {
             let read = runs.iter().map(|run| read(run)).collect::<Result<Vec<_>>>()?;
             let compared = compared(read);
-            if args.json { json(&compared)? } else { beside(&compared) }
+            if args.json { stdout::json(&compared) } else { stdout::text(&beside(&compared)) }
         }
-    };
-    stdout::text(&text)
+    }
 }
 
 /// A run in numbers.
@@ -259,10 +262,6 @@ fn flatten(path: &str, value: &Value, into: &mut BTreeMap<String, Value>) {
     for (name, below) in fields {
         flatten(&if path.is_empty() { name.clone() } else { format!("{path}.{name}") }, below, into);
     }
-}
-
-fn json(value: &impl Serialize) -> Result<String> {
-    Ok(serde_json::to_string_pretty(value)?)
 }
 
 /// One line a run.

@@ -13,6 +13,7 @@ use crate::checkpoint::base::BaseModel;
 use crate::data::store::{Dataset, PackedRow, Split};
 use crate::data::tokenizer::ChatTokenizer;
 use crate::error::user_error;
+use crate::hex::hex;
 use crate::model::config::ModelConfig;
 use crate::model::fused::plan::Limits;
 use crate::recipe::{Quantization, Recipe};
@@ -118,9 +119,8 @@ impl Plan {
     /// As [`largest_microbatch`](Self::largest_microbatch), with other rows in a micro-batch.
     pub fn largest_of(&self, rows_per_microbatch: usize) -> Limits {
         let most = |of: fn(&PackedRow) -> usize| {
-            let largest = |rows: &[PackedRow]| rows.iter().map(of).max().unwrap_or(0) as i64;
-            let microbatch = largest(&self.train) * rows_per_microbatch as i64;
-            microbatch.max(largest(&self.validation))
+            let microbatch = largest(&self.train, of) * rows_per_microbatch;
+            microbatch.max(largest(&self.validation, of)) as i64
         };
         Limits { tokens: most(PackedRow::tokens), sequences: most(|row| row.sequences.len()) }
     }
@@ -172,7 +172,7 @@ fn hash_rows(rows: &[PackedRow]) -> String {
             hash.update(&bytes);
         }
     }
-    hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect()
+    hex(&hash.finalize())
 }
 
 /// Ids beyond the vocabulary or rows beyond the positions would fail in the middle of an epoch.
@@ -220,8 +220,7 @@ fn figures(
     let rest = heads * config.vocab_size * config.hidden_size + (2 * layers + 1) * config.hidden_size;
     let rows_per_step = recipe.train.rows_per_microbatch * recipe.train.accumulation;
     // A dataset's rows may be longer than the recipe would have them now.
-    let longest = train.iter().map(PackedRow::tokens).max().unwrap_or(0);
-    let tokens = (recipe.train.rows_per_microbatch * longest) as i64;
+    let tokens = (recipe.train.rows_per_microbatch * largest(train, PackedRow::tokens)) as i64;
     Figures {
         run: recipe.name.clone(),
         base: recipe.model.base.clone(),
@@ -239,6 +238,11 @@ fn figures(
         adapter_bytes: 4 * trainable * 4,
         activation_bytes: 4 * tokens * kept_per_token(config) * layers,
     }
+}
+
+/// What the largest of rows has of something.
+fn largest(rows: &[PackedRow], of: fn(&PackedRow) -> usize) -> usize {
+    rows.iter().map(of).max().unwrap_or(0)
 }
 
 /// Elements that a layer keeps of a token for its backward pass: `LayerSaved`, field by field.

@@ -72,18 +72,15 @@ pub struct Summary {
 pub fn run(mut plan: Plan, options: &RunOptions) -> Result<Summary> {
     let begun = Instant::now();
     let resumed = if options.resume { resume_point(&plan, &options.folder)? } else { None };
-    let _lock = match (&resumed, options.resume) {
-        (Some(_), _) => {
-            let lock = options.folder.lock()?;
-            options.folder.keep_recipe(&plan.recipe)?;
-            lock
+    let _lock = if options.resume {
+        let lock = options.folder.lock()?;
+        match &resumed {
+            Some(_) => options.folder.keep_recipe(&plan.recipe)?,
+            None => options.folder.begin_again(&plan.recipe)?,
         }
-        (None, true) => {
-            let lock = options.folder.lock()?;
-            options.folder.begin_again(&plan.recipe)?;
-            lock
-        }
-        (None, false) => options.folder.begin(&plan.recipe)?,
+        lock
+    } else {
+        options.folder.begin(&plan.recipe)?
     };
     plan.base = plan.base.with_nf4_cache(std::path::Path::new(nf4_cache::DEFAULT_FOLDER));
     // Too little memory is told before anything is loaded.

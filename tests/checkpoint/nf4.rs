@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 
+use granite::hex::hex;
 use granite::kernels::dynamic_map::dynamic_map;
 use granite::kernels::host;
 use granite::kernels::nf4::{LEVELS, Nf4Weight};
@@ -82,7 +83,7 @@ fn a_million_values_equal_bitsandbytes() {
     let expected: serde_json::Value = serde_json::from_str(MILLION).unwrap();
     let weight = Nf4Weight::quantize(&Tensor::from_slice(&bell(1 << 20)).view([1024, 1024])).unwrap();
     for (part, ours) in parts(&weight) {
-        let hash: String = Sha256::digest(&ours).iter().map(|byte| format!("{byte:02x}")).collect();
+        let hash = hex(&Sha256::digest(&ours));
         assert_eq!(expected["sha256"][part], hash.as_str(), "`{part}`");
     }
 }

@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use granite::checkpoint::base::{BaseModel, open_tokenizer};
+use granite::hex::hex;
 use granite::kernels::host;
 use granite::model::config::Architecture;
 use serde_json::Value;
@@ -55,10 +56,6 @@ fn its_tensors_have_the_shapes_of_the_configuration() {
     assert_eq!(quantised.shape, [576, 1536]);
 }
 
-fn hex(hash: impl IntoIterator<Item = u8>) -> String {
-    hash.into_iter().map(|byte| format!("{byte:02x}")).collect()
-}
-
 #[test]
 fn its_tensors_are_those_of_transformers() {
     let Some(folder) = folder() else { return };
@@ -72,7 +69,7 @@ fn its_tensors_are_those_of_transformers() {
         for values in host::slice::<f32>(&tensor).unwrap().chunks(4096) {
             ours.update(values.iter().flat_map(|value| value.to_le_bytes()).collect::<Vec<u8>>());
         }
-        assert_eq!(hash.as_str().unwrap(), hex(ours.finalize()), "{name}");
+        assert_eq!(hash.as_str().unwrap(), hex(&ours.finalize()), "{name}");
     }
 }
 
@@ -103,7 +100,7 @@ fn its_rebuilt_tokenizer_equals_a_bpe_written_out() {
     }
     let real = &fixture["real"];
     assert_eq!((real["strings"].as_u64(), real["tokens"].as_u64()), (Some(strings), Some(tokens)));
-    assert_eq!(real["sha256"].as_str().unwrap(), hex(hash.finalize()));
+    assert_eq!(real["sha256"].as_str().unwrap(), hex(&hash.finalize()));
 }
 
 /// As the script takes them: all texts of the first 200 records of Dolly and of CodeAlpaca.

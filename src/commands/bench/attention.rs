@@ -155,8 +155,7 @@ pub fn run(args: &BenchAttentionArgs) -> Result<()> {
         output::write_file(file, attention_page::page(&figures).as_bytes())?;
         progress::note(format!("wrote `{}`", file.display()));
     }
-    let text = if args.json { serde_json::to_string_pretty(&figures)? } else { table(&figures) };
-    stdout::text(&text)
+    if args.json { stdout::json(&figures) } else { stdout::text(&table(&figures)) }
 }
 
 /// Sequences of a row of the table.

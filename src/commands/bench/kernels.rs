@@ -50,8 +50,7 @@ pub fn run(args: &BenchKernelsArgs) -> Result<()> {
         output::write_file(file, roofline::page(&figures).as_bytes())?;
         progress::note(format!("wrote `{}`", file.display()));
     }
-    let text = if args.json { serde_json::to_string_pretty(&figures)? } else { table(&figures) };
-    stdout::text(&text)
+    if args.json { stdout::json(&figures) } else { stdout::text(&table(&figures)) }
 }
 
 fn measure() -> Result<Figures> {
