@@ -11,7 +11,6 @@ pub mod manifest;
 pub mod mixture;
 pub mod pack;
 mod parquet_file;
-mod parquet_footer;
 pub mod prepare;
 pub mod reader;
 pub mod report;

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use arrow::array::{
     ArrayRef, BooleanArray, Date32Array, DictionaryArray, Float32Array, Int64Array, ListBuilder, NullArray,
-    RecordBatch, StringArray, StringBuilder, StringViewArray, StructArray,
+    RecordBatch, StringArray, StringBuilder, StringViewArray, StructArray, TimestampMillisecondArray,
 };
 use arrow::datatypes::{DataType, Field, Int32Type};
 use arrow::ipc::writer::{FileWriter, StreamWriter};
@@ -99,8 +99,19 @@ const JINJA: &[&str] = &[
     "{% endif %}",
     "| replace('', messages)",
 ];
-const COLUMNS: &[&str] =
-    &["PAR1", "ARROW1", "\u{0}\u{0}\u{0}\u{0}", "text", "turns", "kind", "element", "pandas", "ARROW:schema"];
+const COLUMNS: &[&str] = &[
+    "PAR1",
+    "ARROW1",
+    "\u{0}\u{0}\u{0}\u{0}",
+    "text",
+    "turns",
+    "kind",
+    "element",
+    "pandas",
+    "ARROW:schema",
+    "UTC",
+    "+01:30",
+];
 const WORDS: &[&str] = &[
     "SELECT ",
     " FROM ",
@@ -228,6 +239,7 @@ fn columns() -> Vec<Vec<u8>> {
         ("share", Arc::new(Float32Array::from(vec![0.1, f32::NAN]))),
         ("good", Arc::new(BooleanArray::from(vec![true, false]))),
         ("day", Arc::new(Date32Array::from(vec![0, 20_000]))),
+        ("time", Arc::new(TimestampMillisecondArray::from(vec![0, 1_500]).with_timezone("Europe/Zurich"))),
         ("turns", Arc::new(turns.finish())),
         ("message", Arc::new(message)),
         ("kind", Arc::new(kinds)),
@@ -246,12 +258,14 @@ fn columns() -> Vec<Vec<u8>> {
     stream.write(&batch).unwrap();
     let mut file = FileWriter::try_new(Vec::new(), &schema).unwrap();
     file.write(&batch).unwrap();
-    vec![
+    let mut found = files(&["columns/packed.parquet", "columns/prefixes.parquet", "columns/spark.parquet"]);
+    found.extend([
         parquet(Compression::SNAPPY),
         parquet(Compression::UNCOMPRESSED),
         stream.into_inner().unwrap(),
         file.into_inner().unwrap(),
-    ]
+    ]);
+    found
 }
 
 /// The same records as an array, wrapped, as lines, as tables, in gzip, zstd and a zip.

@@ -229,8 +229,9 @@ mod tests {
     use std::io::Cursor;
 
     use arrow::array::{
-        BinaryArray, BooleanArray, Date32Array, DictionaryArray, Float32Array, Float64Array, Int64Array,
-        LargeStringArray, ListBuilder, NullArray, StringArray, StringBuilder, StringViewArray, StructArray,
+        BinaryArray, BooleanArray, Date32Array, Decimal128Array, DictionaryArray, Float32Array, Float64Array,
+        Int64Array, LargeStringArray, ListBuilder, NullArray, StringArray, StringBuilder, StringViewArray,
+        StructArray, TimestampMicrosecondArray, TimestampMillisecondArray,
     };
     use arrow::datatypes::Field;
     use arrow::ipc::CompressionType;
@@ -242,6 +243,9 @@ mod tests {
 
     use super::*;
 
+    /// 2026-01-15 and 2026-07-15, 12:00 UTC, in milliseconds.
+    const NOONS: [i64; 2] = [1_768_478_400_000, 1_784_116_800_000];
+
     /// Every kind of column that datasets have, two rows.
     fn batch() -> RecordBatch {
         let mut turns = ListBuilder::new(StringBuilder::new());
@@ -251,6 +255,7 @@ mod tests {
         let message =
             StructArray::from(vec![(role, Arc::new(StringArray::from(vec!["user", "ü"])) as ArrayRef)]);
         let kinds: DictionaryArray<Int32Type> = vec![Some("x"), Some("y")].into_iter().collect();
+        let price = Decimal128Array::from(vec![1_999, -5]).with_precision_and_scale(9, 2).unwrap();
         let columns: Vec<(&str, ArrayRef)> = vec![
             ("text", Arc::new(StringArray::from(vec![Some("é\n"), None]))),
             ("large", Arc::new(LargeStringArray::from(vec!["1", "2"]))),
@@ -261,6 +266,15 @@ mod tests {
             ("is_good", Arc::new(BooleanArray::from(vec![true, false]))),
             ("bytes", Arc::new(BinaryArray::from_vec(vec![b"text", b"\xff"]))),
             ("day", Arc::new(Date32Array::from(vec![0, 20_000]))),
+            ("local", Arc::new(TimestampMillisecondArray::from(vec![0, 1_500]))),
+            ("time", Arc::new(TimestampMicrosecondArray::from(vec![0, 1_500]).with_timezone("UTC"))),
+            // Noon in winter and in summer.
+            (
+                "there",
+                Arc::new(TimestampMillisecondArray::from(NOONS.to_vec()).with_timezone("Europe/Zurich")),
+            ),
+            ("offset", Arc::new(TimestampMillisecondArray::from(NOONS.to_vec()).with_timezone("-05:30"))),
+            ("price", Arc::new(price)),
             ("turns", Arc::new(turns.finish())),
             ("message", Arc::new(message)),
             ("kind", Arc::new(kinds)),
@@ -275,11 +289,15 @@ mod tests {
     fn expected() -> Vec<Value> {
         vec![
             json!({"text": "é\n", "large": "1", "view": "longer than twelve bytes", "id": i64::MAX, "share": 0.1,
-                "answer": 0.1, "is_good": true, "bytes": "text", "day": "1970-01-01", "turns": ["a", null],
-                "message": {"role": "user"}, "kind": "x", "nothing": null}),
+                "answer": 0.1, "is_good": true, "bytes": "text", "day": "1970-01-01",
+                "local": "1970-01-01T00:00:00", "time": "1970-01-01T00:00:00Z",
+                "there": "2026-01-15T13:00:00+01:00", "offset": "2026-01-15T06:30:00-05:30", "price": "19.99",
+                "turns": ["a", null], "message": {"role": "user"}, "kind": "x", "nothing": null}),
             json!({"text": null, "large": "2", "view": "", "id": -1, "share": null, "answer": -2.0,
-                "is_good": false, "bytes": null, "day": "2024-10-04", "turns": null,
-                "message": {"role": "ü"}, "kind": "y", "nothing": null}),
+                "is_good": false, "bytes": null, "day": "2024-10-04",
+                "local": "1970-01-01T00:00:01.500", "time": "1970-01-01T00:00:00.001500Z",
+                "there": "2026-07-15T14:00:00+02:00", "offset": "2026-07-15T06:30:00-05:30", "price": "-0.05",
+                "turns": null, "message": {"role": "ü"}, "kind": "y", "nothing": null}),
         ]
     }
 
@@ -337,6 +355,46 @@ mod tests {
             let bytes = stream.into_inner().unwrap();
             assert_eq!(collected(|sink| arrow_stream(bytes.as_slice(), sink)).unwrap(), expected());
         }
+    }
+
+    /// `scripts/oracle/columns.py` says what is in them; a file has some of the columns.
+    #[test]
+    fn what_pyarrow_writes_is_what_it_was_given() {
+        let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/columns");
+        let rows = std::fs::read(folder.join("rows.json")).unwrap();
+        let rows: Vec<Map<String, Value>> = serde_json::from_slice(&rows).unwrap();
+        let mut files = 0;
+        for path in std::fs::read_dir(&folder).unwrap().map(|entry| entry.unwrap().path()) {
+            let file = File::open(&path).unwrap();
+            let found = match path.extension().unwrap().to_str().unwrap() {
+                "parquet" => collected(|sink| parquet(file, sink)),
+                "arrow" => collected(|sink| arrow_file(file, sink)),
+                "arrows" => collected(|sink| arrow_stream(file, sink)),
+                _ => continue,
+            };
+            let found = found.unwrap_or_else(|error| panic!("{}: {error:#}", path.display()));
+            assert_eq!(found.len(), rows.len(), "{}", path.display());
+            for (at, (found, row)) in found.iter().zip(&rows).enumerate() {
+                let found = found.as_object().unwrap();
+                assert!(found.len() >= 2);
+                for (name, value) in found {
+                    assert_eq!(value, &row[name], "{}, row {at}, column {name}", path.display());
+                }
+            }
+            files += 1;
+        }
+        assert_eq!(files, 12);
+    }
+
+    #[test]
+    fn a_zone_that_is_none_is_told_with_its_column() {
+        let nowhere = TimestampMillisecondArray::from(NOONS.to_vec()).with_timezone("Europe/Nowhere");
+        let batch = RecordBatch::try_from_iter([("when", Arc::new(nowhere) as ArrayRef)]).unwrap();
+        let mut stream = StreamWriter::try_new(Vec::new(), &batch.schema()).unwrap();
+        stream.write(&batch).unwrap();
+        let bytes = stream.into_inner().unwrap();
+        let text = crate::error::render(&collected(|sink| arrow_stream(bytes.as_slice(), sink)).unwrap_err());
+        assert!(text.contains("in column `when`") && text.contains("Europe/Nowhere"), "{text}");
     }
 
     #[test]

@@ -1,10 +1,13 @@
 //! Parquet files opened without trust: what the library would believe is held against the file first.
 //!
-//! It makes room for as many values as a page claims, and as many children as an element of the schema does, and skips a list that a page's header claims element by element,
-//! taking no notice of the file's end.
+//! It makes room for as many values as a page claims, and as many children as an element of the schema does.
+
+mod compact;
+mod footer;
+mod pages;
 
 use std::fs::File;
-use std::io::{self, BufReader, Read, Seek as _, SeekFrom};
+use std::io::{self, BufReader, Read as _, Seek as _, SeekFrom};
 use std::sync::Arc;
 
 use anyhow::{Context as _, Result, bail};
@@ -16,8 +19,6 @@ use parquet::file::metadata::{ColumnChunkMetaData, ParquetMetaData};
 use parquet::file::reader::{ChunkReader, Length};
 use parquet::file::serialized_reader::SerializedPageReader;
 
-use super::parquet_footer;
-
 /// Bytes behind the footer: its length, and [`MAGIC`].
 const TAIL: u64 = 8;
 const MAGIC: &[u8] = b"PAR1";
@@ -25,7 +26,7 @@ const MAGIC: &[u8] = b"PAR1";
 /// Opens a file; its pages are decoded as its rows are read.
 ///
 /// # Errors
-/// When it is no parquet file, or claims columns or dictionaries that it cannot hold.
+/// When it is no parquet file, or claims columns, pages or dictionaries that it cannot hold.
 pub fn open(file: File) -> Result<ParquetRecordBatchReaderBuilder<Source>> {
     let source = Arc::new(Source::new(file.try_clone()?)?);
     check_footer(&source)?;
@@ -41,7 +42,7 @@ fn check_footer(source: &Source) -> Result<()> {
     let Some((size, MAGIC)) = tail.split_first_chunk::<4>() else { return Ok(()) };
     let size = u32::from_le_bytes(*size);
     let Some(start) = end.checked_sub(u64::from(size)) else { return Ok(()) };
-    parquet_footer::check(&source.get_bytes(start, size as usize)?)
+    footer::check(&source.get_bytes(start, size as usize)?)
 }
 
 fn check(source: &Arc<Source>, metadata: &ParquetMetaData) -> Result<()> {
@@ -49,7 +50,7 @@ fn check(source: &Arc<Source>, metadata: &ParquetMetaData) -> Result<()> {
         let rows = usize::try_from(group.num_rows())?;
         for column in group.columns() {
             let in_column = || format!("column `{}` of row group {at}", column.column_path());
-            check_place(column, source.length).with_context(in_column)?;
+            check_pages(source, column).with_context(in_column)?;
             check_dictionary(source, column, rows).with_context(in_column)?;
         }
     }
@@ -57,14 +58,15 @@ fn check(source: &Arc<Source>, metadata: &ParquetMetaData) -> Result<()> {
 }
 
 /// Refuses a column that lies outside of the file: the library panics on negative places, and believes any size.
-fn check_place(column: &ColumnChunkMetaData, length: u64) -> Result<()> {
+/// Then goes through its pages.
+fn check_pages(source: &Source, column: &ColumnChunkMetaData) -> Result<()> {
     let start = column.dictionary_page_offset().unwrap_or_else(|| column.data_page_offset());
     let size = column.compressed_size();
-    let end = u64::try_from(start).ok().zip(u64::try_from(size).ok()).map(|(a, b)| a.saturating_add(b));
-    if end.is_none_or(|end| end > length) {
-        bail!("it has {size} bytes at {start}, the file {length}");
+    let inside = u64::try_from(start).ok().zip(u64::try_from(size).ok());
+    match inside.filter(|(start, size)| start.saturating_add(*size) <= source.length) {
+        Some((start, size)) => pages::check(&mut source.get_read(start)?, size),
+        None => bail!("it has {size} bytes at {start}, the file {}", source.length),
     }
-    Ok(())
 }
 
 /// Refuses a dictionary of more values than bytes.
@@ -108,10 +110,10 @@ impl Length for Source {
 }
 
 impl ChunkReader for Source {
-    type T = BufReader<Ending>;
+    type T = BufReader<File>;
 
     fn get_read(&self, start: u64) -> ParquetResult<Self::T> {
-        Ok(BufReader::new(Ending(self.from(start)?)))
+        Ok(BufReader::new(self.from(start)?))
     }
 
     fn get_bytes(&self, start: u64, length: usize) -> ParquetResult<Bytes> {
@@ -124,19 +126,6 @@ impl ChunkReader for Source {
         let mut bytes = vec![0; length];
         self.from(start)?.read_exact(&mut bytes)?;
         Ok(bytes.into())
-    }
-}
-
-/// A file whose end is an error: no page of a whole file is followed by it.
-#[derive(Debug)]
-pub struct Ending(File);
-
-impl Read for Ending {
-    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        match self.0.read(buffer)? {
-            0 if !buffer.is_empty() => Err(io::ErrorKind::UnexpectedEof.into()),
-            read => Ok(read),
-        }
     }
 }
 
@@ -189,7 +178,9 @@ mod tests {
         let mut bytes = words();
         // Field 9, which the format does not know: a list of 2³¹ - 1 doubles.
         bytes[4..11].copy_from_slice(&[0x99, 0xf7, 0xff, 0xff, 0xff, 0xff, 0x07]);
-        assert!(told(&bytes).contains("column `\"word\"` of row group 0"));
+        let text = told(&bytes);
+        assert!(text.contains("column `\"word\"` of row group 0"), "{text}");
+        assert!(text.contains("the page at byte 0") && text.contains("it ends within a value"), "{text}");
     }
 
     #[test]

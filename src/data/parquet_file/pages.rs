@@ -1,0 +1,137 @@
+//! The headers of a column's pages, read before the library believes them.
+//!
+//! It passes over a list that a header claims element by element, which may be billions, and takes no notice of the
+//! file's end while it does.
+
+use std::io::{BufRead, Read as _, Seek};
+
+use anyhow::{Context as _, Result, bail, ensure};
+
+use super::compact::{I32, Reader, STRUCT, TRUE, expect};
+
+/// `PageHeader.compressed_page_size` and the headers of the kinds of pages; 6 is an index's.
+const SIZE: i64 = 3;
+const DATA: i64 = 5;
+const DICTIONARY: i64 = 7;
+const DATA_V2: i64 = 8;
+
+/// Refuses a header that is none, and pages that go beyond the column's `length` bytes, of which `column` has the first
+/// before it.
+///
+/// # Errors
+/// When it is so, or the file cannot be read.
+pub fn check(column: &mut (impl BufRead + Seek), length: u64) -> Result<()> {
+    let mut at = 0;
+    while at < length {
+        let page = page(column, length - at).with_context(|| format!("the page at byte {at}"))?;
+        at += page;
+    }
+    Ok(())
+}
+
+/// Goes behind a page and gives its length, at most `most`.
+fn page(column: &mut (impl BufRead + Seek), most: u64) -> Result<u64> {
+    let mut reader = Reader::new(column.by_ref().take(most));
+    let mut size = None;
+    reader.fields(&mut |reader, id, kind| {
+        expect(kind, header_field(id))?;
+        match id {
+            SIZE => size = Some(reader.integer()?),
+            DATA..=DATA_V2 => reader.fields(&mut |reader, of, kind| {
+                expect(kind, page_field(id, of))?;
+                reader.skip(kind)
+            })?,
+            _ => reader.skip(kind)?,
+        }
+        Ok(())
+    })?;
+    let header = reader.read();
+    let size = size.context("its header does not say how long it is")?;
+    let left = most - header;
+    // The library looks at the last 32 bits.
+    ensure!(i32::try_from(size).is_ok(), "it claims {size} bytes");
+    match u64::try_from(size) {
+        Ok(size) if size <= left => {
+            column.seek_relative(size as i64)?;
+            Ok(header + size)
+        }
+        _ => bail!("it claims {size} bytes, the column has {left} left"),
+    }
+}
+
+/// The type of a field of `PageHeader`; `None` for what the format does not know.
+fn header_field(id: i64) -> Option<u8> {
+    Some(match id {
+        1..=4 => I32,
+        DATA..=DATA_V2 => STRUCT,
+        _ => return None,
+    })
+}
+
+/// As [`header_field`], of the header `of` one kind of pages.
+fn page_field(of: i64, id: i64) -> Option<u8> {
+    Some(match (of, id) {
+        (DATA, 1..=4) | (DICTIONARY, 1 | 2) | (DATA_V2, 1..=6) => I32,
+        (DATA, 5) | (DATA_V2, 8) => STRUCT,
+        (DICTIONARY, 3) | (DATA_V2, 7) => TRUE,
+        _ => return None,
+    })
+}
+
+#[cfg(test)]
+#[expect(clippy::unwrap_used, reason = "a test panics where it fails")]
+mod tests {
+    use std::io::Cursor;
+
+    use super::*;
+
+    /// A data page of 3 bytes, with its header.
+    const PAGE: [u8; 20] =
+        [0x15, 0, 0x15, 6, 0x15, 6, 0x2c, 0x15, 2, 0x15, 0, 0x15, 0, 0x15, 0, 0, 0, b'a', b'b', b'c'];
+
+    fn told(column: &[u8]) -> String {
+        let error = check(&mut Cursor::new(column), column.len() as u64).unwrap_err();
+        format!("{error:#}")
+    }
+
+    #[test]
+    fn pages_fill_their_column() {
+        let column = [PAGE, PAGE].concat();
+        check(&mut Cursor::new(&column), 40).unwrap();
+        check(&mut Cursor::new(&column), 20).unwrap();
+        check(&mut Cursor::new(&[]), 0).unwrap();
+        for length in (1..40).filter(|length| *length != 20) {
+            let told = told(&column[..length]);
+            assert!(told.starts_with(if length < 20 {
+                "the page at byte 0: "
+            } else {
+                "the page at byte 20: "
+            }));
+            assert!(
+                told.contains(if length % 20 < 17 { "ends within a value" } else { "it claims 3 bytes, " }),
+                "{told}"
+            );
+        }
+        // No longer than the column, whatever lies behind it.
+        assert!(check(&mut Cursor::new(&column), 30).is_err());
+    }
+
+    #[test]
+    fn a_header_with_fields_of_other_types_or_none_is_refused() {
+        let with = |at: usize, byte| {
+            let mut page = PAGE;
+            page[at] = byte;
+            told(&page)
+        };
+        assert!(with(5, 5).contains("it claims -3 bytes"), "{}", with(5, 5));
+        assert!(with(4, 0x16).contains("of another type"));
+        assert!(with(6, 0x25).contains("of another type"));
+        assert!(with(7, 0x16).contains("of another type"));
+        assert!(with(4, 0x75).contains("does not say how long"), "{}", with(4, 0x75));
+        let more = |list: &[u8]| told(&[&[0x99][..], list, &PAGE].concat());
+        assert!(more(&[0xf1, 0xff, 0xff, 0xff, 0xff, 0x07]).contains("a list of booleans"));
+        assert!(more(&[0xf7, 0xff, 0xff, 0xff, 0xff, 0x07]).contains("ends within a value"));
+        let wide = [&PAGE[..5], &[0x86, 0x80, 0x80, 0x80, 0x20], &PAGE[6..]].concat();
+        assert!(told(&wide).contains("it claims 4294967299 bytes"), "{}", told(&wide));
+    }
+}
