@@ -25,6 +25,7 @@ use arrow::array::{
 use arrow::buffer::OffsetBuffer;
 use arrow::datatypes::{DataType, Field, Schema, UInt16Type, UInt32Type};
 use parquet::arrow::ArrowWriter;
+use parquet::arrow::arrow_reader::RowSelector;
 use parquet::basic::{Compression, ZstdLevel};
 use parquet::file::properties::WriterProperties;
 
@@ -32,7 +33,7 @@ use super::decoding::decoding;
 use super::example::Role;
 use super::fit::Turn;
 use super::manifest::{FORMAT_VERSION, Manifest};
-use super::parquet_file;
+use super::parquet_file::ParquetFile;
 use super::tokenizer::ChatTokenizer;
 use crate::error::user_error;
 use crate::hex::short;
@@ -340,9 +341,9 @@ fn read_rows(path: &Path) -> Result<Vec<PackedRow>> {
 }
 
 fn decode_rows(path: &Path) -> Result<Vec<PackedRow>> {
-    let builder = parquet_file::open(File::open(path)?)?;
+    let file = ParquetFile::open(File::open(path)?)?;
     let mut rows = Vec::new();
-    for batch in builder.with_batch_size(ROWS_PER_GROUP).build()? {
+    for batch in file.read(ROWS_PER_GROUP, None)? {
         let batch = batch?;
         for at in 0..batch.num_rows() {
             rows.push(row_of(&batch, at).with_context(|| format!("row {} is damaged", rows.len()))?);
@@ -357,8 +358,8 @@ fn one_row(path: &Path, row: usize) -> Result<RecordBatch> {
 }
 
 fn decode_row(path: &Path, row: usize) -> Result<RecordBatch> {
-    let builder = parquet_file::open(File::open(path)?)?;
-    let rows = usize::try_from(builder.metadata().file_metadata().num_rows())?;
+    let file = ParquetFile::open(File::open(path)?)?;
+    let rows = file.rows();
     if row >= rows {
         let way = if rows == 0 {
             "the file is empty".to_string()
@@ -367,7 +368,8 @@ fn decode_row(path: &Path, row: usize) -> Result<RecordBatch> {
         };
         return Err(user_error(format!("there is no row {row}"), way));
     }
-    let mut reader = builder.with_offset(row).with_limit(1).build()?;
+    let selection = vec![RowSelector::skip(row), RowSelector::select(1)];
+    let mut reader = file.read(1, Some(selection.into()))?;
     Ok(reader.next().ok_or_else(|| anyhow!("row {row} is missing"))??)
 }
 

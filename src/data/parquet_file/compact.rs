@@ -45,20 +45,22 @@ impl<R: Read> Reader<R> {
         self.read
     }
 
-    fn byte(&mut self) -> Result<u8> {
+    pub fn byte(&mut self) -> Result<u8> {
         let mut byte = [0];
         self.from.read_exact(&mut byte).map_err(cut)?;
         self.read += 1;
         Ok(byte[0])
     }
 
-    fn pass(&mut self, count: u64) -> Result<()> {
+    /// Passes over so many bytes.
+    pub fn pass(&mut self, count: u64) -> Result<()> {
         let passed = io::copy(&mut (&mut self.from).take(count), &mut io::sink())?;
         self.read += passed;
         if passed < count { Err(cut(ErrorKind::UnexpectedEof.into())) } else { Ok(()) }
     }
 
-    fn varint(&mut self) -> Result<u64> {
+    /// An integer without a sign, of any width.
+    pub fn unsigned(&mut self) -> Result<u64> {
         let mut value = 0;
         for shift in (0..64).step_by(7) {
             let byte = self.byte()?;
@@ -72,14 +74,14 @@ impl<R: Read> Reader<R> {
 
     /// An integer with its sign, of any width.
     pub fn integer(&mut self) -> Result<i64> {
-        let value = self.varint()?;
+        let value = self.unsigned()?;
         Ok((value >> 1) as i64 ^ -((value & 1) as i64))
     }
 
     /// The number of elements of a list, and their type.
     pub fn list(&mut self) -> Result<(u64, u8)> {
         let head = self.byte()?;
-        let count = if head >> 4 == 15 { self.varint()? } else { u64::from(head >> 4) };
+        let count = if head >> 4 == 15 { self.unsigned()? } else { u64::from(head >> 4) };
         Ok((count, head & 15))
     }
 
@@ -114,10 +116,10 @@ impl<R: Read> Reader<R> {
             // them, and goes through as many as are claimed.
             TRUE | FALSE => bail!("it has a list of booleans, which the format has not there"),
             BYTE => self.pass(1),
-            I16 | I32 | I64 => self.varint().map(|_| ()),
+            I16 | I32 | I64 => self.unsigned().map(|_| ()),
             DOUBLE => self.pass(8),
             BINARY => {
-                let length = self.varint()?;
+                let length = self.unsigned()?;
                 self.pass(length)
             }
             LIST | SET => {
@@ -125,7 +127,7 @@ impl<R: Read> Reader<R> {
                 (0..count).try_for_each(|_| self.skip_value(of, depth - 1))
             }
             MAP => {
-                let count = self.varint()?;
+                let count = self.unsigned()?;
                 if count == 0 {
                     return Ok(());
                 }
@@ -138,6 +140,13 @@ impl<R: Read> Reader<R> {
             STRUCT => self.fields(&mut |reader, _, kind| reader.skip_field(kind, depth - 1)),
             other => bail!("it has a value of type {other}, which there is not"),
         }
+    }
+}
+
+impl Reader<&[u8]> {
+    /// Bytes that are not read yet.
+    pub fn left(&self) -> usize {
+        self.from.len()
     }
 }
 
@@ -154,6 +163,7 @@ mod tests {
     fn skipped(bytes: &[u8]) -> Result<u64> {
         let mut reader = Reader::new(bytes);
         reader.skip(STRUCT)?;
+        assert_eq!(reader.read() as usize, bytes.len() - reader.left());
         Ok(reader.read())
     }
 

@@ -20,7 +20,7 @@ use serde_json::{Map, Number, Value};
 use super::json::following;
 use super::{BUFFER, FETCH_AGAIN, Place, Raw, Sink};
 use crate::data::decoding::decoding;
-use crate::data::parquet_file;
+use crate::data::parquet_file::ParquetFile;
 use crate::error::HintExt as _;
 
 /// Rows that are decoded at once: a row may be pages of text.
@@ -33,7 +33,7 @@ const CHUNK: u64 = 1 << 20;
 /// Reads a parquet file.
 pub(super) fn parquet(file: File, sink: Sink<'_>) -> Result<()> {
     let damaged = "the parquet file is damaged or truncated";
-    let open = || Ok(parquet_file::open(file)?.with_batch_size(ROWS).build()?);
+    let open = || ParquetFile::open(file)?.read(ROWS, None);
     rows(decoding(open).context(damaged).hint(FETCH_AGAIN)?, damaged, sink)
 }
 

@@ -1,7 +1,7 @@
 //! The headers of a column's pages, read before the library believes them.
 //!
 //! It passes over a list that a header claims element by element, which may be billions, and takes no notice of the
-//! file's end while it does.
+//! file's end while it does; and it takes what lies in a page of an index for further headers.
 
 use std::io::{BufRead, Read as _, Seek};
 
@@ -9,11 +9,14 @@ use anyhow::{Context as _, Result, bail, ensure};
 
 use super::compact::{I32, Reader, STRUCT, TRUE, expect};
 
-/// `PageHeader.compressed_page_size` and the headers of the kinds of pages; 6 is an index's.
+/// `PageHeader.type`, `.compressed_page_size` and the headers of the kinds of pages; 6 is an index's.
+const TYPE: i64 = 1;
 const SIZE: i64 = 3;
 const DATA: i64 = 5;
 const DICTIONARY: i64 = 7;
 const DATA_V2: i64 = 8;
+/// The kinds that columns have, by their type.
+const KINDS: [(i64, i64); 3] = [(0, DATA), (2, DICTIONARY), (3, DATA_V2)];
 
 /// Refuses a header that is none, and pages that go beyond the column's `length` bytes, of which `column` has the first
 /// before it.
@@ -32,19 +35,29 @@ pub fn check(column: &mut (impl BufRead + Seek), length: u64) -> Result<()> {
 /// Goes behind a page and gives its length, at most `most`.
 fn page(column: &mut (impl BufRead + Seek), most: u64) -> Result<u64> {
     let mut reader = Reader::new(column.by_ref().take(most));
-    let mut size = None;
+    let (mut size, mut of, mut headers) = (None, None, Vec::new());
     reader.fields(&mut |reader, id, kind| {
         expect(kind, header_field(id))?;
         match id {
+            TYPE => of = Some(reader.integer()?),
             SIZE => size = Some(reader.integer()?),
-            DATA..=DATA_V2 => reader.fields(&mut |reader, of, kind| {
-                expect(kind, page_field(id, of))?;
-                reader.skip(kind)
-            })?,
+            DATA..=DATA_V2 => {
+                headers.push(id);
+                reader.fields(&mut |reader, field, kind| {
+                    expect(kind, page_field(id, field))?;
+                    reader.skip(kind)
+                })?;
+            }
             _ => reader.skip(kind)?,
         }
         Ok(())
     })?;
+    let of = of.context("its header does not say of which type it is")?;
+    let known = KINDS.into_iter().find(|(kind, _)| *kind == of);
+    ensure!(
+        known.is_some_and(|(_, header)| headers.contains(&header)),
+        "of type {of}, it has no header of that"
+    );
     let header = reader.read();
     let size = size.context("its header does not say how long it is")?;
     let left = most - header;
@@ -127,7 +140,10 @@ mod tests {
         assert!(with(4, 0x16).contains("of another type"));
         assert!(with(6, 0x25).contains("of another type"));
         assert!(with(7, 0x16).contains("of another type"));
-        assert!(with(4, 0x75).contains("does not say how long"), "{}", with(4, 0x75));
+        assert!(with(1, 2).contains("of type 1, it has no header of that"), "{}", with(1, 2));
+        assert!(with(1, 6).contains("of type 3, it has no header of that"), "{}", with(1, 6));
+        let sizeless = [&PAGE[..4], &[0x25, 6, 0x1c], &PAGE[7..]].concat();
+        assert!(told(&sizeless).contains("does not say how long"), "{}", told(&sizeless));
         let more = |list: &[u8]| told(&[&[0x99][..], list, &PAGE].concat());
         assert!(more(&[0xf1, 0xff, 0xff, 0xff, 0xff, 0x07]).contains("a list of booleans"));
         assert!(more(&[0xf7, 0xff, 0xff, 0xff, 0xff, 0x07]).contains("ends within a value"));
