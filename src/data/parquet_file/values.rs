@@ -1,16 +1,19 @@
 //! How many values a page claims, held against the bytes it has: the library makes room for all of them at once.
 
+use std::ops::RangeInclusive;
+
+use anyhow::{Context as _, Result, ensure};
 use bytes::Bytes;
 use parquet::basic::Encoding;
 use parquet::column::page::Page;
 use parquet::schema::types::ColumnDescriptor;
 
-use anyhow::{Context as _, Result, ensure};
-
 use super::compact::Reader;
 
 /// Most values a byte. Blocks of 128 deltas, as all writers make them, take five bytes at least.
 const DENSEST: u64 = 1024;
+/// Values of a miniblock; writers take 32 or 64.
+const SIZES: RangeInclusive<u64> = 32..=1 << 20;
 
 /// Refuses a page of more values than its bytes can hold.
 ///
@@ -89,7 +92,7 @@ fn lengths(reader: &mut Reader<&[u8]>, most: u32) -> Result<u64> {
         count <= u64::from(most) && count <= DENSEST * bytes,
         "a page of {most} values claims the lengths of {count} in {bytes} bytes"
     );
-    let size = block.checked_div(miniblocks).filter(|size| *size > 0 && size.is_multiple_of(32));
+    let size = block.checked_div(miniblocks).filter(|size| SIZES.contains(size) && size.is_multiple_of(32));
     let size =
         size.with_context(|| format!("a page has blocks of {block} values in {miniblocks} miniblocks"))?;
     let mut left = count.saturating_sub(1);
@@ -156,6 +159,8 @@ mod tests {
         );
         assert_eq!(told(&[0x80, 1, 0, 2, 0], 9), "a page has blocks of 128 values in 0 miniblocks");
         assert_eq!(told(&[0x80, 1, 8, 2, 0], 9), "a page has blocks of 128 values in 8 miniblocks");
+        let wide = [0x80, 0x80, 0x80, 0x80, 0x80, 0x80, 0x80, 0x80, 0x80, 1, 1, 2, 0];
+        assert!(told(&wide, 9).contains("in 1 miniblocks"), "{}", told(&wide, 9));
         for cut in 0..14 {
             assert!(told(&block(20)[..cut], 20).contains("ends within a value"), "{cut}");
         }
