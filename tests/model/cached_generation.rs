@@ -81,6 +81,8 @@ fn sequences_go_side_by_side_as_each_alone() {
             })
             .collect();
         let mut caches: Vec<KvCache> = wholes.iter().map(|_| cache(&decoder, 30)).collect();
+        // Of all together: that of a sequence of one token is a noisy sample.
+        let yardstick = references.iter().map(|(_, yardstick)| *yardstick).fold(0.0, f64::max);
         // Each brings parts of another length, and those that are through leave.
         for step in 0.. {
             let mut here = Vec::new();
@@ -99,9 +101,9 @@ fn sequences_go_side_by_side_as_each_alone() {
             let logits = decoder.forward_cached_batch(&mut batch).unwrap();
             assert_eq!(logits.size(), [here.len() as i64, fixture.config.vocab_size]);
             for (row, (at, end)) in here.into_iter().enumerate() {
-                let (reference, yardstick) = &references[at];
+                let reference = &references[at].0;
                 let what = format!("{}, sequence {at} after {end} tokens in step {step}", fixture.name);
-                assert_close(&what, &logits.get(row as i64), &reference.get(end as i64 - 1), *yardstick);
+                assert_close(&what, &logits.get(row as i64), &reference.get(end as i64 - 1), yardstick);
             }
         }
         assert!(caches.iter().zip(&wholes).all(|(cache, whole)| cache.len() == whole.input_ids.len() as i64));

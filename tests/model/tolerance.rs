@@ -11,12 +11,19 @@ pub fn distance(a: &Tensor, b: &Tensor) -> f64 {
     (a.to_kind(Kind::Double) - b.to_kind(Kind::Double)).abs().max().double_value(&[])
 }
 
-/// `max|ours - ref| <= 2 * yardstick + 2 * rounding(ref)`, where `yardstick` is what the float32 reference is off.
+/// How many times the reference's own error a result may be off.
+///
+/// Both are the worst of many roundings, whose order follows from the processor: with the instructions of five kinds of
+/// processors the same code was off by up to three times as much as the reference on another. What is computed in a
+/// smaller type, or wrongly, is off by thousands.
+const TIMES: f64 = 4.0;
+
+/// `max|ours - ref| <= 4 * yardstick + 2 * rounding(ref)`, where `yardstick` is what the float32 reference is off.
 pub fn assert_close(what: &str, ours: &Tensor, reference: &Tensor, yardstick: f64) {
     let off = distance(ours, reference);
     // Half a unit in the last place of the largest element in float32.
     let rounding = reference.abs().max().double_value(&[]) * f64::from(f32::EPSILON) / 2.0;
-    let allowed = 2.0 * yardstick + 2.0 * rounding;
+    let allowed = TIMES * yardstick + 2.0 * rounding;
     // Written so that NaN fails.
     assert!(
         off <= allowed,

@@ -1,7 +1,7 @@
 //! The twins' written-out backward passes against libtorch's autograd.
 //!
 //! Each operation is written once more, independently, in f64 with autograd (the reference) and in f32 with
-//! autograd (the yardstick): ours may err at most twice as much as libtorch's own f32 does.
+//! autograd (the yardstick): in the mean ours may err at most twice as much as libtorch's own f32 does.
 
 #![expect(clippy::unwrap_used, reason = "a test may fail loudly")]
 
@@ -29,41 +29,64 @@ fn autograd(f: impl Fn(&[Tensor]) -> Tensor, inputs: &[&Tensor], d_out: &Tensor,
     all
 }
 
-fn error(x: &Tensor, reference: &Tensor) -> f64 {
-    (x.to_kind(Kind::Double) - reference).abs().max().double_value(&[])
+/// Errors of one result over several draws.
+#[derive(Default, Clone, Copy)]
+struct Errors {
+    squares: f64,
+    count: f64,
+    most: f64,
 }
 
-/// The worst errors of one operation over several draws: ours, libtorch's f32, and the reference's own rounding, by result.
+impl Errors {
+    fn add(&mut self, x: &Tensor, reference: &Tensor) {
+        let errors = (x.to_kind(Kind::Double) - reference).abs();
+        self.squares += errors.square().sum(Kind::Double).double_value(&[]);
+        self.count += errors.numel() as f64;
+        self.most = self.most.max(errors.max().double_value(&[]));
+    }
+
+    /// The root of the mean square.
+    fn mean(&self) -> f64 {
+        (self.squares / self.count).sqrt()
+    }
+}
+
+/// The errors of one operation over several draws: ours, libtorch's f32, and the reference's own rounding, by result.
 ///
-/// One draw of a few numbers may favour libtorch by luck; the worst of many does not.
+/// The worst error is drawn from a tail and may favour libtorch by luck, which its kernels for a processor decide; the
+/// mean does not.
 #[derive(Default)]
-struct Worst {
-    errors: Vec<[f64; 3]>,
+struct Held {
+    results: Vec<[Errors; 3]>,
 }
 
-impl Worst {
+impl Held {
     fn add(&mut self, ours: &[Tensor], f: impl Fn(&[Tensor]) -> Tensor, inputs: &[&Tensor], d_out: &Tensor) {
         let reference = autograd(&f, inputs, d_out, Kind::Double);
         let yardstick = autograd(&f, inputs, d_out, Kind::Float);
-        self.errors.resize(ours.len(), [0.0; 3]);
-        for (index, worst) in self.errors.iter_mut().enumerate() {
+        self.results.resize(ours.len(), Default::default());
+        for (index, result) in self.results.iter_mut().enumerate() {
             assert_eq!(ours[index].size(), reference[index].size(), "shape of result {index}");
             let rounded = reference[index].to_kind(Kind::Float);
-            for (worst, x) in worst.iter_mut().zip([&ours[index], &yardstick[index], &rounded]) {
-                let error = error(x, &reference[index]);
-                assert!(error.is_finite(), "result {index} is no number");
-                *worst = worst.max(error);
+            for (errors, x) in result.iter_mut().zip([&ours[index], &yardstick[index], &rounded]) {
+                errors.add(x, &reference[index]);
             }
         }
     }
 
-    /// `max|ours − ref| ≤ 2·max|libtorch32 − ref| + 2·rounding(ref)`
+    /// `rms(ours − ref) ≤ 2·rms(libtorch32 − ref) + 2·rms(rounding(ref))`, and the same of `max` with 4 for 2.
     fn assert_close(&self, what: &str) {
-        for (index, [ours, theirs, rounding]) in self.errors.iter().enumerate() {
-            assert!(
-                *ours <= 2.0 * theirs + 2.0 * rounding,
-                "{what}: result {index} errs by {ours:e}, libtorch's f32 by {theirs:e}"
-            );
+        for (index, [ours, theirs, rounding]) in self.results.iter().enumerate() {
+            let kinds: [(_, f64, fn(&Errors) -> f64); 2] =
+                [("in the mean", 2.0, Errors::mean), ("at most", 4.0, |errors| errors.most)];
+            for (how, times, of) in kinds {
+                let (ours, theirs, rounding) = (of(ours), of(theirs), of(rounding));
+                // Written so that NaN fails.
+                assert!(
+                    ours <= times * (theirs + rounding),
+                    "{what}: result {index} errs by {ours:e} {how}, libtorch's f32 by {theirs:e}"
+                );
+            }
         }
     }
 }
@@ -73,7 +96,7 @@ const DRAWS: usize = 8;
 
 #[test]
 fn rms_norm_backward() {
-    let mut worst = Worst::default();
+    let mut held = Held::default();
     for (tokens, hidden) in [(1, 1), (3, 7), (65, 129)].repeat(DRAWS) {
         let (x, w, dy) = (randn(&[tokens, hidden]), randn(&[hidden]), randn(&[tokens, hidden]));
         // Away from zero: there a single number has no gradient but rounding, and the ratio of two roundings says nothing.
@@ -85,28 +108,28 @@ fn rms_norm_backward() {
             let x = &inputs[0];
             x * (x.square().mean_dim([-1i64].as_slice(), true, x.kind()) + eps).rsqrt() * w.to_kind(x.kind())
         };
-        worst.add(&[out.y, dx], f, &[&x], &dy);
+        held.add(&[out.y, dx], f, &[&x], &dy);
     }
-    worst.assert_close("rms_norm");
+    held.assert_close("rms_norm");
 }
 
 #[test]
 fn swiglu_backward() {
-    let mut worst = Worst::default();
+    let mut held = Held::default();
     for _ in 0..DRAWS {
         let (gate, up, dy) = (randn(&[33, 17]) * 4.0, randn(&[33, 17]), randn(&[33, 17]));
         let (d_gate, d_up) = swiglu_backward_reference(&dy, &gate, &up);
         let f = |inputs: &[Tensor]| inputs[0].silu() * &inputs[1];
-        worst.add(&[swiglu_reference(&gate, &up), d_gate, d_up], f, &[&gate, &up], &dy);
+        held.add(&[swiglu_reference(&gate, &up), d_gate, d_up], f, &[&gate, &up], &dy);
     }
-    worst.assert_close("swiglu");
+    held.assert_close("swiglu");
 }
 
 #[test]
 fn rotary_backward_is_the_inverse_rotation() {
     let positions = Tensor::from_slice(&[0i64, 1, 2, 0, 1, 4000]);
     let angles = RotaryAngles::new(&positions, 8, 1e4, Kind::Float);
-    let mut worst = Worst::default();
+    let mut held = Held::default();
     for _ in 0..DRAWS {
         let (x, dy) = (randn(&[6, 3, 8]), randn(&[6, 3, 8]));
         // Each pair (i, i + 4) is a complex number turned by its angle; angles are f32 in both.
@@ -120,9 +143,9 @@ fn rotary_backward_is_the_inverse_rotation() {
             let (re, im) = (x.narrow(2, 0, 4), x.narrow(2, 4, 4));
             Tensor::cat(&[&re * &c - &im * &s, &re * &s + &im * &c], 2)
         };
-        worst.add(&[angles.rotate(&x), angles.rotate_backward(&dy)], f, &[&x], &dy);
+        held.add(&[angles.rotate(&x), angles.rotate_backward(&dy)], f, &[&x], &dy);
     }
-    worst.assert_close("rope");
+    held.assert_close("rope");
 }
 
 /// One head at a time, one query at a time: nothing shared with the twin.
@@ -147,7 +170,7 @@ fn naive_attention(q: &Tensor, k: &Tensor, v: &Tensor, cu_seqlens: &[i64], scale
 
 #[test]
 fn attention_backward() {
-    let mut worst = Worst::default();
+    let mut held = Held::default();
     let shapes = [(1, 1, vec![0, 1]), (4, 2, vec![0, 1, 3, 10, 10, 33]), (6, 2, vec![0, 17, 18])];
     for (heads, kv_heads, cu_seqlens) in shapes.iter().cycle().take(3 * DRAWS * shapes.len()) {
         let (heads, kv_heads) = (*heads, *kv_heads);
@@ -159,9 +182,9 @@ fn attention_backward() {
         let o = attention_reference(&q, &k, &v, cu_seqlens, scale);
         let (dq, dk, dv) = attention_backward_reference(&d_o, &q, &k, &v, &o, cu_seqlens, scale);
         let f = |x: &[Tensor]| naive_attention(&x[0], &x[1], &x[2], cu_seqlens, scale);
-        worst.add(&[o, dq, dk, dv], f, &[&q, &k, &v], &d_o);
+        held.add(&[o, dq, dk, dv], f, &[&q, &k, &v], &d_o);
     }
-    worst.assert_close("attention");
+    held.assert_close("attention");
 }
 
 #[test]
@@ -181,7 +204,7 @@ fn cached_attention_continues_a_sequence() {
 #[test]
 fn cross_entropy_backward_across_chunks() {
     // 1,030 rows are three chunks, the last of six rows.
-    let mut worst = Worst::default();
+    let mut held = Held::default();
     for (rows, vocab) in [(1, 3), (1030, 37)].repeat(DRAWS) {
         let (h, head) = (randn(&[rows, 5]), randn(&[vocab, 5]));
         let labels = Tensor::randint(vocab, [rows], (Kind::Int64, Device::Cpu));
@@ -193,7 +216,7 @@ fn cross_entropy_backward_across_chunks() {
             -logits.log_softmax(-1, x[0].kind()).gather(1, &labels.unsqueeze(1), false).squeeze_dim(1)
         };
         let d_out = Tensor::full([rows], weight, (Kind::Float, Device::Cpu));
-        worst.add(&[losses, dh], f, &[&h], &d_out);
+        held.add(&[losses, dh], f, &[&h], &d_out);
     }
-    worst.assert_close("cross_entropy");
+    held.assert_close("cross_entropy");
 }
