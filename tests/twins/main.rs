@@ -46,7 +46,7 @@ impl Errors {
     }
 
     /// The root of the mean square.
-    fn mean(&self) -> f64 {
+    fn mean(self) -> f64 {
         (self.squares / self.count).sqrt()
     }
 }
@@ -76,11 +76,11 @@ impl Held {
 
     /// `rms(ours − ref) ≤ 2·rms(libtorch32 − ref) + 2·rms(rounding(ref))`, and the same of `max` with 4 for 2.
     fn assert_close(&self, what: &str) {
-        for (index, [ours, theirs, rounding]) in self.results.iter().enumerate() {
-            let kinds: [(_, f64, fn(&Errors) -> f64); 2] =
-                [("in the mean", 2.0, Errors::mean), ("at most", 4.0, |errors| errors.most)];
-            for (how, times, of) in kinds {
-                let (ours, theirs, rounding) = (of(ours), of(theirs), of(rounding));
+        for (index, result) in self.results.iter().enumerate() {
+            let (means, most) = (result.map(|errors| errors.mean()), result.map(|errors| errors.most));
+            for (how, times, [ours, theirs, rounding]) in
+                [("in the mean", 2.0, means), ("at most", 4.0, most)]
+            {
                 // Written so that NaN fails.
                 assert!(
                     ours <= times * (theirs + rounding),

@@ -4,6 +4,8 @@ use std::io::{self, ErrorKind, Read};
 
 use anyhow::{Error, Result, anyhow, bail, ensure};
 
+use super::format::{Type, field};
+
 /// Types of values. In a list, either boolean stands for both.
 pub const TRUE: u8 = 1;
 pub const FALSE: u8 = 2;
@@ -20,14 +22,6 @@ pub const STRUCT: u8 = 12;
 
 /// How deep values may lie in one that is passed over; the format's lie less deep.
 const DEPTH: usize = 32;
-
-/// Refuses a field of another type than the format's, `of`, and takes any where the format knows none: the library reads
-/// the field as if it were of that, and would see other fields behind it than are checked here.
-pub fn expect(kind: u8, of: Option<u8>) -> Result<()> {
-    let kind = if kind == FALSE { TRUE } else { kind };
-    ensure!(of.is_none_or(|of| of == kind), "a field is of another type than the format's");
-    Ok(())
-}
 
 /// Reads values. What is read takes a byte at least, so that no claim keeps it longer than there are bytes.
 pub struct Reader<R> {
@@ -104,6 +98,37 @@ impl<R: Read> Reader<R> {
         self.skip_field(kind, DEPTH)
     }
 
+    /// Passes over the value of a field, of the type `of` where that is known.
+    ///
+    /// The library reads a known field as if it were of that type, whatever the file says, and would see other fields
+    /// behind it than are checked here.
+    ///
+    /// # Errors
+    /// When it is of another type, or anything inside of it is.
+    pub fn typed(&mut self, kind: u8, of: Option<Type>) -> Result<()> {
+        let Some(of) = of else { return self.skip(kind) };
+        expect(kind, of)?;
+        match of {
+            Type::Plain(_) => self.skip(kind),
+            Type::Struct(_) => self.typed_value(kind, of),
+            Type::List(of) => {
+                let (count, kind) = self.list()?;
+                if count > 0 {
+                    expect(kind, *of)?;
+                }
+                (0..count).try_for_each(|_| self.typed_value(kind, *of))
+            }
+        }
+    }
+
+    /// As [`typed`](Self::typed), of an element of a list too.
+    fn typed_value(&mut self, kind: u8, of: Type) -> Result<()> {
+        match of {
+            Type::Struct(known) => self.fields(&mut |reader, id, kind| reader.typed(kind, field(known, id))),
+            _ => self.skip_value(kind, DEPTH),
+        }
+    }
+
     fn skip_field(&mut self, kind: u8, depth: usize) -> Result<()> {
         // In a field, the type is the value.
         if matches!(kind, TRUE | FALSE) { Ok(()) } else { self.skip_value(kind, depth) }
@@ -141,6 +166,13 @@ impl<R: Read> Reader<R> {
             other => bail!("it has a value of type {other}, which there is not"),
         }
     }
+}
+
+/// Refuses a value of another type.
+pub fn expect(kind: u8, of: Type) -> Result<()> {
+    let kind = if kind == FALSE { TRUE } else { kind };
+    ensure!(kind == of.code(), "a field is of another type than the format's");
+    Ok(())
 }
 
 impl Reader<&[u8]> {

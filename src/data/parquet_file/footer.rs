@@ -5,12 +5,8 @@
 
 use anyhow::{Context as _, Result, bail, ensure};
 
-use super::compact::{BINARY, BYTE, I32, I64, LIST, Reader, STRUCT, TRUE, expect};
-
-/// `FileMetaData.schema`, `SchemaElement.num_children` and `SchemaElement.logicalType`.
-const SCHEMA: i64 = 2;
-const CHILDREN: i64 = 5;
-const LOGICAL: i64 = 10;
+use super::compact::{Reader, STRUCT, expect};
+use super::format::{CHILDREN, ELEMENT, FILE, SCHEMA, field};
 
 /// Refuses a schema of which an element has more children than the schema has elements.
 ///
@@ -19,10 +15,9 @@ const LOGICAL: i64 = 10;
 pub fn check(footer: &[u8]) -> Result<()> {
     let mut reader = Reader::new(footer);
     let walked = reader.fields(&mut |reader, id, kind| {
-        expect(kind, file_field(id))?;
-        if id != SCHEMA {
-            return reader.skip(kind);
-        }
+        let of = field(FILE, id);
+        let Some(schema) = of.filter(|_| id == SCHEMA) else { return reader.typed(kind, of) };
+        expect(kind, schema)?;
         let (elements, of) = reader.list()?;
         ensure!(elements == 0 || of == STRUCT, "its schema is no list of elements");
         (0..elements).try_for_each(|_| element(reader, elements))
@@ -33,59 +28,15 @@ pub fn check(footer: &[u8]) -> Result<()> {
 /// An element of a schema of so many.
 fn element(reader: &mut Reader<&[u8]>, elements: u64) -> Result<()> {
     reader.fields(&mut |reader, id, kind| {
-        expect(kind, element_field(id))?;
-        match id {
-            CHILDREN => {
-                let children = reader.integer()?;
-                // Below zero as well: the library looks at the last 32 bits.
-                if children < 0 || children > elements as i64 {
-                    bail!("its schema has {elements} elements, one of them {children} children");
-                }
-                Ok(())
-            }
-            LOGICAL => reader.fields(&mut |reader, of, kind| {
-                expect(kind, Some(STRUCT))?;
-                reader.fields(&mut |reader, id, kind| {
-                    expect(kind, logical_field(of, id))?;
-                    reader.skip(kind)
-                })
-            }),
-            _ => reader.skip(kind),
+        let of = field(ELEMENT, id);
+        let Some(number) = of.filter(|_| id == CHILDREN) else { return reader.typed(kind, of) };
+        expect(kind, number)?;
+        let children = reader.integer()?;
+        // Below zero as well: the library looks at the last 32 bits.
+        if children < 0 || children > elements as i64 {
+            bail!("its schema has {elements} elements, one of them {children} children");
         }
-    })
-}
-
-/// The type of a field of `FileMetaData`; `None` for what the format does not know.
-fn file_field(id: i64) -> Option<u8> {
-    Some(match id {
-        1 => I32,
-        SCHEMA | 4 | 5 | 7 => LIST,
-        3 => I64,
-        6 | 9 => BINARY,
-        8 => STRUCT,
-        _ => return None,
-    })
-}
-
-/// As [`file_field`], of `SchemaElement`.
-fn element_field(id: i64) -> Option<u8> {
-    Some(match id {
-        1..=3 | CHILDREN..=9 => I32,
-        4 => BINARY,
-        LOGICAL => STRUCT,
-        _ => return None,
-    })
-}
-
-/// As [`file_field`], of the type `of` in `LogicalType`: decimals, times, integers, variants, shapes on earth.
-fn logical_field(of: i64, id: i64) -> Option<u8> {
-    Some(match (of, id) {
-        (5, 1 | 2) | (18, 2) => I32,
-        (7 | 8, 1) | (10, 2) => TRUE,
-        (7 | 8, 2) => STRUCT,
-        (10 | 16, 1) => BYTE,
-        (17 | 18, 1) => BINARY,
-        _ => return None,
+        Ok(())
     })
 }
 
@@ -128,6 +79,22 @@ mod tests {
             bytes[at] = other;
             let told = told(&bytes);
             assert!(told.contains("of another type") || told.contains("no list of elements"), "{at}: {told}");
+        }
+    }
+
+    /// A file of one row group, whose column says where it lies, which encodings it has and what its least value is.
+    #[test]
+    fn types_are_held_against_the_format_s_however_deep() {
+        let column = [0x29, 0x15, 0, 0xac, 0x18, 1, b'a', 0, 0];
+        let group = [&[0x19, 0x1c, 0x26, 8, 0x1c][..], &column, &[0, 0]].concat();
+        let whole = [&[0x49, 0x1c][..], &group, &[0]].concat();
+        check(&whole).unwrap();
+        // A row group that is a list, a chunk's place in 32 bits, encodings in 64, statistics that are a list, and a
+        // list in them.
+        for (at, other) in [(1, 0x19), (3, 0x19), (4, 0x25), (8, 0x16), (10, 0xa9), (11, 0x19)] {
+            let mut bytes = whole.clone();
+            bytes[at] = other;
+            assert!(told(&bytes).contains("of another type"), "{at}: {}", told(&bytes));
         }
     }
 }

@@ -7,15 +7,10 @@ use std::io::{BufRead, Read as _, Seek};
 
 use anyhow::{Context as _, Result, bail, ensure};
 
-use super::compact::{I32, Reader, STRUCT, TRUE, expect};
+use super::compact::{Reader, expect};
+use super::format::{DATA, DATA_V2, DICTIONARY, HEADER, SIZE, TYPE, field};
 
-/// `PageHeader.type`, `.compressed_page_size` and the headers of the kinds of pages; 6 is an index's.
-const TYPE: i64 = 1;
-const SIZE: i64 = 3;
-const DATA: i64 = 5;
-const DICTIONARY: i64 = 7;
-const DATA_V2: i64 = 8;
-/// The kinds that columns have, by their type.
+/// The kinds of pages that columns have: `PageHeader.type`, and which header they have then.
 const KINDS: [(i64, i64); 3] = [(0, DATA), (2, DICTIONARY), (3, DATA_V2)];
 
 /// Refuses a header that is none, and pages that go beyond the column's `length` bytes, of which `column` has the first
@@ -35,27 +30,25 @@ pub fn check(column: &mut (impl BufRead + Seek), length: u64) -> Result<()> {
 /// Goes behind a page and gives its length, at most `most`.
 fn page(column: &mut (impl BufRead + Seek), most: u64) -> Result<u64> {
     let mut reader = Reader::new(column.by_ref().take(most));
-    let (mut size, mut of, mut headers) = (None, None, Vec::new());
+    let (mut size, mut of, mut seen) = (None, None, Vec::new());
     reader.fields(&mut |reader, id, kind| {
-        expect(kind, header_field(id))?;
-        match id {
-            TYPE => of = Some(reader.integer()?),
-            SIZE => size = Some(reader.integer()?),
-            DATA..=DATA_V2 => {
-                headers.push(id);
-                reader.fields(&mut |reader, field, kind| {
-                    expect(kind, page_field(id, field))?;
-                    reader.skip(kind)
-                })?;
+        let known = field(HEADER, id);
+        let number = match id {
+            TYPE => &mut of,
+            SIZE => &mut size,
+            _ => {
+                seen.push(id);
+                return reader.typed(kind, known);
             }
-            _ => reader.skip(kind)?,
-        }
+        };
+        known.map_or(Ok(()), |known| expect(kind, known))?;
+        *number = Some(reader.integer()?);
         Ok(())
     })?;
     let of = of.context("its header does not say of which type it is")?;
     let known = KINDS.into_iter().find(|(kind, _)| *kind == of);
     ensure!(
-        known.is_some_and(|(_, header)| headers.contains(&header)),
+        known.is_some_and(|(_, header)| seen.contains(&header)),
         "of type {of}, it has no header of that"
     );
     let header = reader.read();
@@ -70,25 +63,6 @@ fn page(column: &mut (impl BufRead + Seek), most: u64) -> Result<u64> {
         }
         _ => bail!("it claims {size} bytes, the column has {left} left"),
     }
-}
-
-/// The type of a field of `PageHeader`; `None` for what the format does not know.
-fn header_field(id: i64) -> Option<u8> {
-    Some(match id {
-        1..=4 => I32,
-        DATA..=DATA_V2 => STRUCT,
-        _ => return None,
-    })
-}
-
-/// As [`header_field`], of the header `of` one kind of pages.
-fn page_field(of: i64, id: i64) -> Option<u8> {
-    Some(match (of, id) {
-        (DATA, 1..=4) | (DICTIONARY, 1 | 2) | (DATA_V2, 1..=6) => I32,
-        (DATA, 5) | (DATA_V2, 8) => STRUCT,
-        (DICTIONARY, 3) | (DATA_V2, 7) => TRUE,
-        _ => return None,
-    })
 }
 
 #[cfg(test)]

@@ -4,6 +4,7 @@
 
 mod compact;
 mod footer;
+mod format;
 mod headers;
 mod rows;
 mod values;

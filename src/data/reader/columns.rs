@@ -1,22 +1,19 @@
 //! Parquet files and Arrow IPC, files and streams: rows of columns as JSON values.
 
 use std::fs::File;
-use std::io::{BufReader, Read, Seek, SeekFrom};
+use std::io::{BufReader, Read, Seek};
 use std::sync::Arc;
 
-use anyhow::{Context as _, Error, Result, anyhow, bail};
+use anyhow::{Context as _, Error, Result};
 use arrow::array::{Array, ArrayRef, AsArray, RecordBatch};
-use arrow::buffer::Buffer;
 use arrow::datatypes::{
     DataType, Float16Type, Float32Type, Float64Type, Int8Type, Int16Type, Int32Type, Int64Type, UInt8Type,
     UInt16Type, UInt32Type, UInt64Type,
 };
-use arrow::error::ArrowError;
-use arrow::ipc::reader::{FileReader, StreamDecoder, read_footer_length};
-use arrow::ipc::root_as_footer;
 use arrow::util::display::array_value_to_string;
 use serde_json::{Map, Number, Value};
 
+use super::ipc::{FileBatches, StreamBatches};
 use super::json::following;
 use super::{BUFFER, FETCH_AGAIN, Place, Raw, Sink};
 use crate::data::decoding::decoding;
@@ -25,100 +22,34 @@ use crate::error::HintExt as _;
 
 /// Rows that are decoded at once: a row may be pages of text.
 const ROWS: usize = 256;
-/// Bytes at the end of an Arrow file: the length of its footer, and `ARROW1`.
-const FOOTER_END: usize = 10;
-/// Bytes of a stream that are read at once.
-const CHUNK: u64 = 1 << 20;
-
 /// Reads a parquet file.
 pub(super) fn parquet(file: File, sink: Sink<'_>) -> Result<()> {
     let damaged = "the parquet file is damaged or truncated";
     let open = || ParquetFile::open(file)?.read(ROWS, None);
-    rows(decoding(open).context(damaged).hint(FETCH_AGAIN)?, damaged, sink)
+    let batches = decoding(open).context(damaged).hint(FETCH_AGAIN)?;
+    rows(batches.map(|batch| Ok(batch?)), damaged, sink)
 }
 
 /// Reads an Arrow IPC file, also called Feather.
 pub(super) fn arrow_file(file: impl Read + Seek, sink: Sink<'_>) -> Result<()> {
     let damaged = "the Arrow file is damaged or truncated";
-    let mut file = BufReader::with_capacity(BUFFER, file);
-    let open = || {
-        check_footer(&mut file)?;
-        Ok(FileReader::try_new(file, None)?)
-    };
-    rows(decoding(open).context(damaged).hint(FETCH_AGAIN)?, damaged, sink)
-}
-
-/// Refuses a footer and batches that lie outside of the file: the library makes room for any size that they claim.
-fn check_footer(file: &mut (impl Read + Seek)) -> Result<()> {
-    let length = file.seek(SeekFrom::End(0))?;
-    let end = file.seek(SeekFrom::Start(length.saturating_sub(FOOTER_END as u64)))?;
-    let mut tail = [0; FOOTER_END];
-    file.read_exact(&mut tail)?;
-    let size = read_footer_length(tail)?;
-    let start = end.checked_sub(size as u64);
-    let start = start.with_context(|| format!("its footer has {size} bytes, the file {length}"))?;
-    file.seek(SeekFrom::Start(start))?;
-    let mut footer = vec![0; size];
-    file.read_exact(&mut footer)?;
-    let footer = root_as_footer(&footer).map_err(|error| anyhow!("its footer: {error}"))?;
-    for block in footer.recordBatches().into_iter().chain(footer.dictionaries()).flatten() {
-        let parts = [block.offset(), i64::from(block.metaDataLength()), block.bodyLength()];
-        let end = parts.iter().try_fold(0u64, |sum, part| sum.checked_add(u64::try_from(*part).ok()?));
-        if end.is_none_or(|end| end > length) {
-            bail!("a batch lies at {}, {} + {} bytes, the file has {length}", parts[0], parts[1], parts[2]);
-        }
-    }
-    Ok(file.rewind()?)
+    let file = BufReader::with_capacity(BUFFER, file);
+    rows(decoding(|| FileBatches::new(file)).context(damaged).hint(FETCH_AGAIN)?, damaged, sink)
 }
 
 /// Reads an Arrow IPC stream: what `datasets` writes.
 pub(super) fn arrow_stream(stream: impl Read, sink: Sink<'_>) -> Result<()> {
-    let batches = Stream { stream, decoder: StreamDecoder::new(), ready: Buffer::default() };
-    rows(batches, "the Arrow stream is damaged or truncated", sink)
-}
-
-/// The batches of a stream. The library's own reader takes a message whose length is cut off for a good end.
-struct Stream<R> {
-    stream: R,
-    decoder: StreamDecoder,
-    /// Bytes that were read and not yet decoded.
-    ready: Buffer,
-}
-
-impl<R: Read> Stream<R> {
-    fn batch(&mut self) -> Result<Option<RecordBatch>, ArrowError> {
-        loop {
-            if self.ready.is_empty() {
-                let mut chunk = Vec::with_capacity(CHUNK as usize);
-                (&mut self.stream).take(CHUNK).read_to_end(&mut chunk)?;
-                if chunk.is_empty() {
-                    return self.decoder.finish().map(|()| None);
-                }
-                self.ready = chunk.into();
-            }
-            if let Some(batch) = self.decoder.decode(&mut self.ready)? {
-                return Ok(Some(batch));
-            }
-        }
-    }
-}
-
-impl<R: Read> Iterator for Stream<R> {
-    type Item = Result<RecordBatch, ArrowError>;
-
-    fn next(&mut self) -> Option<Self::Item> {
-        self.batch().transpose()
-    }
+    rows(StreamBatches::new(stream), "the Arrow stream is damaged or truncated", sink)
 }
 
 fn rows(
-    mut batches: impl Iterator<Item = Result<RecordBatch, ArrowError>>,
+    mut batches: impl Iterator<Item = Result<RecordBatch>>,
     damaged: &'static str,
     sink: Sink<'_>,
 ) -> Result<()> {
     let mut number = 0;
     loop {
-        let batch = decoding(|| Ok(batches.next().transpose()?));
+        let batch = decoding(|| batches.next().transpose());
         let batch = batch.with_context(|| format!("after record {number}: {damaged}")).hint(FETCH_AGAIN)?;
         let Some(batch) = batch else { return Ok(()) };
         let bytes = batch.get_array_memory_size() / batch.num_rows().max(1);

@@ -8,6 +8,7 @@ mod columns;
 mod delimited;
 mod fingerprint;
 mod folder;
+mod ipc;
 mod json;
 mod packing;
 
