@@ -22,6 +22,7 @@ use crate::error::HintExt as _;
 
 /// Rows that are decoded at once: a row may be pages of text.
 const ROWS: usize = 256;
+
 /// Reads a parquet file.
 pub(super) fn parquet(file: File, sink: Sink<'_>) -> Result<()> {
     let damaged = "the parquet file is damaged or truncated";

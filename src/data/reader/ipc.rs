@@ -19,7 +19,7 @@ const CONTINUATION: [u8; 4] = [0xff; 4];
 const PREFIX: usize = 8;
 /// LZ4 makes at most so many bytes of one.
 const MOST_LZ4: u64 = 255;
-/// So many bytes of one are believed of Zstandard; more are counted first.
+/// So many bytes of one are believed of Zstandard; where more are claimed, they are counted first.
 const USUAL_ZSTD: u64 = 64;
 /// So many more are believed of either, whatever the length.
 const SLACK: u64 = 1 << 16;
