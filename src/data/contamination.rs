@@ -15,7 +15,7 @@ use serde_json::Value;
 use super::example::Example;
 use super::manifest::InputFile;
 use super::reader::{fingerprint, read_records};
-use super::source::convfinqa;
+use super::source::{convfinqa, finqa};
 use super::words::{Words, similarity};
 use crate::error::user_error;
 use crate::recipe::ContaminationSpec;
@@ -116,7 +116,7 @@ impl EvaluationSets {
             &["dev.json", "test.json"],
             &["dev", "test", "data"],
             &mut |number, record| {
-                self.items.push(item(&set, number, &record)?);
+                self.items.push(item(&set, number, record)?);
                 Ok(())
             },
         )?;
@@ -261,8 +261,7 @@ fn table_numbers(example: &Example) -> Vec<u64> {
     numbers
 }
 
-fn item(set: &str, number: u32, record: &Value) -> Result<Item> {
-    let text = |field: &str| record.get(field).and_then(Value::as_str).map(str::to_string);
+fn item(set: &str, number: u32, record: Value) -> Result<Item> {
     let named = |name: Option<String>, question: String, response: String, kind: Kind| Item {
         set: set.to_string(),
         name: name.unwrap_or_else(|| format!("record {number}")),
@@ -273,6 +272,10 @@ fn item(set: &str, number: u32, record: &Value) -> Result<Item> {
     if record.get("annotation").is_some() || record.get("dialogue").is_some() {
         return filing(number, record, &named);
     }
+    if finqa::is_question(&record) {
+        return filing(number, finqa::as_conversation(record)?, &named);
+    }
+    let text = |field: &str| record.get(field).and_then(Value::as_str).map(str::to_string);
     if let (Some(prompt), Some(solution)) = (text("prompt"), text("canonical_solution")) {
         return Ok(named(text("task_id"), docstring(&prompt).to_string(), solution, Kind::Whole));
     }
@@ -286,17 +289,17 @@ fn item(set: &str, number: u32, record: &Value) -> Result<Item> {
         _ => Err(user_error(
             format!("record {number} is of no evaluation set that is known"),
             "name a file of HumanEval (prompt, canonical_solution), MBPP (prompt, code), GSM8K (question, answer), \
-             Spider (question, query) or ConvFinQA",
+             Spider (question, query), FinQA (qa) or ConvFinQA (annotation, dialogue)",
         )),
     }
 }
 
 fn filing(
     number: u32,
-    record: &Value,
+    record: Value,
     named: &dyn Fn(Option<String>, String, String, Kind) -> Item,
 ) -> Result<Item> {
-    let example = convfinqa::conversation_of(number, record.clone())?;
+    let example = convfinqa::conversation_of(number, record)?;
     let kind = |example: &Example| Kind::Filing {
         page: example.document.clone(),
         table: table_numbers(example),
@@ -417,6 +420,25 @@ mod tests {
             how(&sets, &example(&table.replace('7', "9").replace("5829", "1"), "What were sales?", "1")),
             None
         );
+    }
+
+    #[test]
+    fn a_single_question_about_a_page_is_one_of_a_filing() {
+        let mut record = json!({
+            "id": "ABC/2014/page_9.pdf-2", "filename": "ABC/2014/page_9.pdf", "pre_text": [], "post_text": [],
+            "table": [["", "2014", "2013"], ["sales", "$ 5,829", "( 12.5 )"], ["costs", "7", "8"]],
+            "qa": {"question": "what were sales?", "program": "add(5829, 0)", "exe_ans": 5829.0}
+        });
+        let questions = sets(std::slice::from_ref(&record)).unwrap();
+        let mut page = example("x\n\n", "another", "1");
+        page.document = "ABC/2014/page_9.pdf".to_string();
+        assert_eq!(how(&questions, &page), Some(How::SamePage));
+        let table = "| | 2014 | 2013 |\n| sales | 5829 | -12.5 |\n| costs | 7 | 8 |\n\n";
+        assert_eq!(how(&questions, &example(table, "What were sales?", "5829")), Some(How::SameTable));
+        assert_eq!(how(&questions, &example(table, "What were costs?", "7")), None);
+        record["qa"].as_object_mut().unwrap().remove("program");
+        let text = crate::error::render(&sets(&[record]).unwrap_err());
+        assert!(text.contains("record 1") && text.contains("`qa.program`"), "{text}");
     }
 
     #[test]

@@ -157,7 +157,7 @@ impl Default for DuplicatesSpec {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct ContaminationSpec {
-    /// Files of HumanEval, MBPP, GSM8K, Spider or ConvFinQA; their form tells which.
+    /// Files of HumanEval, MBPP, GSM8K, Spider, FinQA or ConvFinQA; their form tells which.
     pub against: Vec<PathBuf>,
     /// Contaminated examples stay in the dataset; they are reported all the same.
     pub keep: bool,

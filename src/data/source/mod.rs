@@ -6,6 +6,7 @@ pub mod code_alpaca;
 pub mod convfinqa;
 pub mod dolly;
 pub mod finance_alpaca;
+pub(crate) mod finqa;
 mod gather;
 pub mod instruction;
 pub mod spider;

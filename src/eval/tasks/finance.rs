@@ -5,12 +5,12 @@
 
 use std::collections::BTreeMap;
 
-use anyhow::{Context as _, Result, anyhow};
-use serde_json::{Map, Value, json};
+use anyhow::{Result, anyhow};
+use serde_json::{Map, Value};
 
 use crate::data::example::{Message, Role};
 use crate::data::reader::read_records;
-use crate::data::source::{Reason, convfinqa};
+use crate::data::source::{Reason, convfinqa, finqa};
 use crate::eval::finance_program::{self, Outcome};
 use crate::eval::number;
 use crate::eval::task::{Judgement, Prompt, Question, Task, spread};
@@ -60,7 +60,7 @@ impl Finance {
     /// # Errors
     /// When the file is missing or of another form.
     pub fn questions(spec: &FinanceTaskSpec, limit: Option<usize>) -> Result<Self> {
-        Self::read("finqa", spec, limit, as_conversation)
+        Self::read("finqa", spec, limit, finqa::as_conversation)
     }
 
     fn read(
@@ -85,21 +85,6 @@ impl Finance {
         let turns = spread(&turns, limit.or(spec.limit));
         Ok(Self { name, turns, unusable, max_tokens: spec.max_tokens })
     }
-}
-
-/// FinQA's record as a conversation of one turn.
-fn as_conversation(mut record: Value) -> Result<Value> {
-    let part = |name: &str| -> Result<Value> {
-        let value = record.get("qa").and_then(|qa| qa.get(name));
-        value.cloned().with_context(|| format!("not a record of FinQA: it has no `qa.{name}`"))
-    };
-    let annotation = json!({
-        "dialogue_break": [part("question")?],
-        "turn_program": [part("program")?],
-        "exe_ans_list": [part("exe_ans")?],
-    });
-    record.as_object_mut().context("not a record of FinQA")?.insert("annotation".to_string(), annotation);
-    Ok(record)
 }
 
 /// The question of each turn, behind the turns before it.
@@ -240,6 +225,8 @@ impl Task for Finance {
 
 #[cfg(test)]
 mod tests {
+    use serde_json::json;
+
     use super::*;
 
     #[test]
