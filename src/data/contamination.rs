@@ -272,7 +272,8 @@ fn item(set: &str, number: u32, record: Value) -> Result<Item> {
     if record.get("annotation").is_some() || record.get("dialogue").is_some() {
         return filing(number, record, &named);
     }
-    if finqa::is_question(&record) {
+    // ConvFinQA's records may have `qa` too, beside their annotation.
+    if record.get("qa").is_some() {
         return filing(number, finqa::as_conversation(record)?, &named);
     }
     let text = |field: &str| record.get(field).and_then(Value::as_str).map(str::to_string);
@@ -401,41 +402,49 @@ mod tests {
         assert_eq!(how(&sets, &example("s", "How many are there?", "SELECT count(*) FROM b")), None);
     }
 
+    /// A page of a filing in upstream's form, with no question yet.
+    fn filing_page() -> Value {
+        json!({
+            "id": "ABC/2014/page_9.pdf-2", "filename": "ABC/2014/page_9.pdf", "pre_text": [], "post_text": [],
+            "table": [["", "2014", "2013"], ["sales", "$ 5,829", "( 12.5 )"], ["costs", "7", "8"]]
+        })
+    }
+
+    /// Its table as a re-packaging writes it.
+    const FILING_TABLE: &str = "| | 2014 | 2013 |\n| sales | 5829 | -12.5 |\n| costs | 7 | 8 |\n\n";
+
     #[test]
     fn a_page_and_a_table_under_another_name_are_found() {
-        let record = json!({
-            "id": "Single_ABC/2014/page_9.pdf-2", "filename": "ABC/2014/page_9.pdf", "pre_text": [], "post_text": [],
-            "table": [["", "2014", "2013"], ["sales", "$ 5,829", "( 12.5 )"], ["costs", "7", "8"]],
-            "annotation": {"dialogue_break": ["what were sales?"], "turn_program": ["5829"], "exe_ans_list": [5829]}
+        let mut record = filing_page();
+        record["annotation"] = json!({
+            "dialogue_break": ["what were sales?"], "turn_program": ["5829"], "exe_ans_list": [5829]
         });
         let sets = sets(&[record]).unwrap();
         let mut same = example("x\n\n| a |\n| 1 |\n\n", "other", "1");
         assert_eq!(how(&sets, &same), None);
         same.document = "ABC/2014/page_9.pdf".to_string();
         assert_eq!(how(&sets, &same), Some(How::SamePage));
-        let table = "| | 2014 | 2013 |\n| sales | 5829 | -12.5 |\n| costs | 7 | 8 |\n\n";
-        assert_eq!(how(&sets, &example(table, "What were sales?", "5829")), Some(How::SameTable));
-        assert_eq!(how(&sets, &example(table, "What were costs?", "7")), None);
+        assert_eq!(how(&sets, &example(FILING_TABLE, "What were sales?", "5829")), Some(How::SameTable));
+        assert_eq!(how(&sets, &example(FILING_TABLE, "What were costs?", "7")), None);
         assert_eq!(
-            how(&sets, &example(&table.replace('7', "9").replace("5829", "1"), "What were sales?", "1")),
+            how(
+                &sets,
+                &example(&FILING_TABLE.replace('7', "9").replace("5829", "1"), "What were sales?", "1")
+            ),
             None
         );
     }
 
     #[test]
     fn a_single_question_about_a_page_is_one_of_a_filing() {
-        let mut record = json!({
-            "id": "ABC/2014/page_9.pdf-2", "filename": "ABC/2014/page_9.pdf", "pre_text": [], "post_text": [],
-            "table": [["", "2014", "2013"], ["sales", "$ 5,829", "( 12.5 )"], ["costs", "7", "8"]],
-            "qa": {"question": "what were sales?", "program": "add(5829, 0)", "exe_ans": 5829.0}
-        });
+        let mut record = filing_page();
+        record["qa"] = json!({"question": "what were sales?", "program": "add(5829, 0)", "exe_ans": 5829.0});
         let questions = sets(std::slice::from_ref(&record)).unwrap();
         let mut page = example("x\n\n", "another", "1");
         page.document = "ABC/2014/page_9.pdf".to_string();
         assert_eq!(how(&questions, &page), Some(How::SamePage));
-        let table = "| | 2014 | 2013 |\n| sales | 5829 | -12.5 |\n| costs | 7 | 8 |\n\n";
-        assert_eq!(how(&questions, &example(table, "What were sales?", "5829")), Some(How::SameTable));
-        assert_eq!(how(&questions, &example(table, "What were costs?", "7")), None);
+        assert_eq!(how(&questions, &example(FILING_TABLE, "What were sales?", "5829")), Some(How::SameTable));
+        assert_eq!(how(&questions, &example(FILING_TABLE, "What were costs?", "7")), None);
         record["qa"].as_object_mut().unwrap().remove("program");
         let text = crate::error::render(&sets(&[record]).unwrap_err());
         assert!(text.contains("record 1") && text.contains("`qa.program`"), "{text}");

@@ -5,11 +5,6 @@
 use anyhow::{Context as _, Result};
 use serde_json::{Value, json};
 
-/// Whether a record is of FinQA: ConvFinQA's single conversations have `qa` too, beside their `annotation`.
-pub(crate) fn is_question(record: &Value) -> bool {
-    record.get("qa").is_some() && record.get("annotation").is_none()
-}
-
 /// A record as a conversation of one turn in ConvFinQA's form.
 ///
 /// # Errors
